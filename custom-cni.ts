@@ -1,0 +1,646 @@
+/**
+ * custom-cni: the CNI plugin that a container runtime runs for every pod.
+ *
+ * The shell script of the tutorial, step by step in TypeScript: a bridge cni0,
+ * a veth pair for each pod, an address from the node's pod CIDR, a default
+ * route. The runtime gives the verb and the container in CNI_* variables and
+ * the network's configuration on stdin; the answer is JSON on stdout
+ * (https://www.cni.dev/docs/spec/).
+ *
+ * The kernel is the only database: each host veth carries its owner in its
+ * alias (see `ip link`), so that DEL, CHECK and GC find it whatever was lost.
+ *
+ * @module
+ */
+import { ensureDir } from "@std/fs/ensure-dir";
+import { existsSync } from "@std/fs/exists";
+import { FileHandler } from "@std/log/file-handler";
+import { join } from "@std/path/posix/join";
+import * as ipam from "./ipam.ts";
+import { CNIError, fail } from "./ipam.ts";
+
+const BRIDGE = "cni0";
+const LOG = "/var/log/cni.log";
+const NETNS_DIR = "/var/run/netns"; // where `ip netns` and `ip -n` look
+const CONF_DIR = "/etc/cni/net.d";
+const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]*$/;
+const POD = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"];
+
+/** The verbs about a network: since which version, with which variables. */
+const VERBS: Record<
+  string,
+  { since: string; needs: string[]; run: (call: Call) => Promise<Answer> }
+> = {
+  ADD: { since: "0.3.0", needs: POD, run: add },
+  DEL: { since: "0.3.0", needs: ["CNI_CONTAINERID", "CNI_IFNAME"], run: del },
+  CHECK: { since: "0.4.0", needs: POD, run: check },
+  GC: { since: "1.1.0", needs: [], run: gc },
+  STATUS: { since: "1.1.0", needs: [], run: status },
+};
+
+/** One call of the runtime: who, and the network configuration on stdin. */
+interface Call {
+  containerID: string;
+  netns: string;
+  ifname: string;
+  conf: Conf;
+  /** NAME/CONTAINERID/IFNAME: marks the host veth as this attachment's. */
+  alias: string;
+}
+
+/** The keys of the network configuration that matter here. */
+interface Conf {
+  cniVersion?: unknown;
+  name?: unknown;
+  podcidr?: unknown;
+  dns?: unknown;
+  prevResult?: Result | null;
+  "cni.dev/valid-attachments"?: { containerID: string; ifname: string }[];
+}
+
+/** What ADD answers (CNI spec, section 5, "ADD Success"). */
+interface Result {
+  interfaces?: { name: string; mac?: string; sandbox?: string }[];
+  ips?: { address: string; gateway?: string; interface?: number }[];
+  routes?: { dst: string; gw?: string }[];
+  dns?: unknown;
+}
+
+/** What a verb says: to the runtime, and to the operator in the log. */
+interface Answer {
+  result?: unknown;
+  note?: string;
+}
+
+/** What `ip -json` shows of a link. */
+interface Link {
+  ifname: string;
+  address: string;
+  flags: string[];
+  ifalias?: string;
+  master?: string;
+  link_netnsid?: number;
+  addr_info?: { family: string; local: string; prefixlen: number }[];
+}
+
+/** A line for `ip -batch`, and the line that takes it back. */
+type Step = [line: string, undo?: string];
+
+/** ADD: gives the pod its interface, address and route, or leaves nothing. */
+async function add(call: Call): Promise<Answer> {
+  const { containerID, netns, ifname, conf } = call;
+  const podCIDR = ipam.parsePodCIDR(conf.podcidr);
+  const gateway = ipam.address(podCIDR, 1);
+
+  // One ADD at a time on the node, until this one ends: no two take the same
+  // number, and none removes a bridge that another one has just joined.
+  using counter = await ipam.lockCounter();
+  const { bridge, used } = await lookAtNode(podCIDR);
+
+  // The bridge, with a MAC of its own: else it has that of one of its ports,
+  // and changes it when that pod ends, while others' ARP knows the old one.
+  const bridgeMac = bridge?.address ?? macOf(gateway);
+  const host: Step[] = [];
+  if (!bridge) {
+    const line = `link add ${BRIDGE} address ${bridgeMac} type bridge`;
+    host.push([line, `link del ${BRIDGE}`]);
+  }
+  host.push([`link set ${BRIDGE} up`]);
+  if (!hasAddress(bridge, gateway)) {
+    const where = `${gateway}/${podCIDR.prefix} dev ${BRIDGE}`;
+    host.push([`addr add ${where}`, `addr del ${where}`]);
+  }
+
+  // The number n: the pod's address ends in it, and its host end is vethN.
+  const n = ipam.nextNumber(counter, podCIDR, used);
+  const podIP = ipam.address(podCIDR, n);
+  const address = `${podIP}/${podCIDR.prefix}`;
+  const veth = `veth${n}`;
+
+  // The veth pair. The pod's end is born in the pod, so the node may have an
+  // eth0 of its own. Its MAC follows from the address: whoever has the address
+  // in an ARP cache reaches the new pod too. Hairpin lets a pod reach itself
+  // through its own Service.
+  const peer = `peer name ${ifname} address ${macOf(podIP)} netns "${netns}"`;
+  host.push(
+    [`link add ${veth} type veth ${peer}`, `link del ${veth}`],
+    [`link set ${veth} alias ${call.alias}`],
+    [`link set ${veth} up`],
+    [`link set ${veth} master ${BRIDGE}`],
+    [`link set ${veth} type bridge_slave hairpin on`],
+    [`link show dev ${veth}`],
+  );
+  const undo: string[] = [];
+  let isNamed = false;
+  try {
+    const [[hostEnd]] = await ip(["-json"], host, undo);
+    // The kernel tells the peer's namespace only if it is another one.
+    if (hostEnd.link_netnsid === undefined) {
+      fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
+    }
+
+    // ln -sfT: from now on `ip netns exec CONTAINERID` works.
+    isNamed = await nameNetns(containerID, netns);
+
+    // In the pod: up, address, default route; its MAC is read. The route is
+    // appended, so that the one of another network stays the first.
+    const [[podEnd]] = await ip(["-n", containerID, "-json"], [
+      [`link set dev ${ifname} up`],
+      [`addr add ${address} dev ${ifname}`],
+      [`route append default via ${gateway} dev ${ifname}`],
+      [`link show dev ${ifname}`],
+    ]);
+
+    // The result: the pod's interface is the first, as in the tutorial, but
+    // for those that plugins before this one have answered.
+    const { interfaces = [], ips = [], routes = [], ...rest } =
+      conf.prevResult ?? {};
+    const version = isBefore(conf, "1.0.0") ? { version: "4" } : {};
+    const result = {
+      ...rest,
+      cniVersion: conf.cniVersion,
+      interfaces: [
+        ...interfaces,
+        { name: ifname, mac: podEnd.address, sandbox: netns },
+        { name: veth, mac: hostEnd.address },
+        { name: BRIDGE, mac: bridgeMac },
+      ],
+      ips: [
+        ...ips,
+        { ...version, address, gateway, interface: interfaces.length },
+      ],
+      routes: [...routes, { dst: "0.0.0.0/0", gw: gateway }],
+      dns: conf.dns ?? rest.dns ?? {},
+    };
+    return { result, note: `${address} ${veth}` };
+  } catch (error) {
+    if (isNamed) Deno.removeSync(join(NETNS_DIR, containerID));
+    await ip(["-force"], undo.map((line) => [line])).catch(() => {});
+    const { message, details } = error as CNIError;
+    if (/"netns" value|Invalid argument/.test(details)) {
+      fail(4, `CNI_NETNS ${netns} is not a network namespace`, details);
+    }
+    if (/ veth.*File exists/.test(`${message} ${details}`)) {
+      fail(100, `${ifname} exists already in ${netns}`, "DEL it first");
+    }
+    throw error;
+  }
+}
+
+/** DEL: takes the attachment away, as often as asked, whatever is left of it. */
+async function del({ containerID, netns, alias }: Call): Promise<Answer> {
+  const links = await hostLinks();
+  const ours = links.filter((link) => link.ifalias === alias);
+  // With its host end go the pod's end, its address and its route.
+  await removeLinks(ours);
+  if (netns !== join(NETNS_DIR, containerID)) {
+    unnameNetns(containerID, links.filter((link) => !ours.includes(link)));
+  }
+  return { note: ours.map((link) => link.ifname).join(" ") || "nothing left" };
+}
+
+/** CHECK: is all as ADD answered it? If not, says all that is missing. */
+async function check(call: Call): Promise<Answer> {
+  const { containerID, netns, ifname, conf } = call;
+  const podCIDR = ipam.parsePodCIDR(conf.podcidr);
+  const gateway = ipam.address(podCIDR, 1);
+  const { interfaces = [], ips = [], routes = [] } = conf.prevResult ??
+    fail(7, "CHECK needs the prevResult that ADD answered");
+  const missing: string[] = [];
+  const expect = (isThere: unknown, what: string) =>
+    isThere || missing.push(what);
+
+  const isOurs = ({ ifalias, flags, master }: Link) =>
+    ifalias === call.alias && flags.includes("UP") && master === BRIDGE;
+  const veth = (await hostLinks()).some(isOurs);
+  expect(veth, `veth with alias ${call.alias}, up and on ${BRIDGE}`);
+  const { bridge } = await lookAtNode(podCIDR);
+  expect(hasAddress(bridge, gateway), `${BRIDGE}, up and with ${gateway}`);
+
+  const index = interfaces.findIndex(({ name, sandbox }) =>
+    name === ifname && sandbox === netns
+  );
+  const ours = ips.filter((ip) => ip.interface === index);
+  expect(ours.length, `address for ${ifname} in prevResult`);
+  try {
+    const [[pod], route] = await ip(["-n", containerID, "-json"], [
+      [`addr show dev ${ifname}`],
+      [`route show default via ${gateway} dev ${ifname}`],
+    ]);
+    for (const { address } of ours) {
+      expect(hasAddress(pod, address), `${ifname}, up and with ${address}`);
+    }
+    const mac = interfaces[index]?.mac;
+    expect(!mac || pod.address === mac, `${ifname} with the MAC ${mac}`);
+    // A plugin after this one may replace the route, and then says so.
+    if (routes.some(({ dst, gw }) => dst === "0.0.0.0/0" && gw === gateway)) {
+      expect(route.length, `default route via ${gateway}`);
+    }
+  } catch (error) {
+    expect(false, `${ifname} in ${netns}: ${(error as CNIError).details}`);
+  }
+  if (missing.length) {
+    fail(101, "Not as ADD left it", `no ${missing.join(", no ")}`);
+  }
+  return {};
+}
+
+/** GC: removes what is this network's and not in the runtime's list. */
+async function gc({ conf }: Call): Promise<Answer> {
+  const valid = conf["cni.dev/valid-attachments"];
+  // No list is not an empty list: better a leftover than a pod without network.
+  if (!valid) return { note: "no cni.dev/valid-attachments: removed nothing" };
+  const keep = valid.map((pod) => aliasOf(conf, pod.containerID, pod.ifname));
+  const links = await hostLinks();
+  const stale = links.filter(({ ifalias }) =>
+    ifalias?.startsWith(`${conf.name}/`) && !keep.includes(ifalias)
+  );
+  await removeLinks(stale);
+  const rest = links.filter((link) => !stale.includes(link));
+  for (const { ifalias } of stale) unnameNetns(ifalias!.split("/")[1], rest);
+  // A namespace that went without a DEL took its veth along, not its name.
+  for (const name of namesIn(NETNS_DIR)) {
+    if (!existsSync(join(NETNS_DIR, name))) unnameNetns(name, rest);
+  }
+  return {
+    note: stale.map((link) => link.ifname).join(" ") || "nothing stale",
+  };
+}
+
+/** STATUS: would an ADD succeed now? */
+async function status({ conf }: Call): Promise<Answer> {
+  const podCIDR = ipam.parsePodCIDR(conf.podcidr);
+  try {
+    ipam.checkCounter();
+    const { used } = await lookAtNode(podCIDR);
+    if (used.size >= podCIDR.room) {
+      fail(11, `No free address in ${podCIDR.text}`);
+    }
+  } catch (error) {
+    const { message, details } = error as CNIError;
+    fail(50, `No pod can be added: ${message}`, details);
+  }
+  return {};
+}
+
+/** Run by hand: looks at the node, and says what mends each trouble. */
+async function doctor(): Promise<void> {
+  const look = async (at: () => Promise<string>) => {
+    try {
+      console.error(`ok   ${await at()}`);
+    } catch (error) {
+      const { message, details = "" } = error as CNIError;
+      console.error(`BAD  ${message}\n     ${details}`);
+    }
+  };
+  const json = { with: { type: "json" } } as const;
+  const { version } = (await import("./deno.json", json)).default;
+  console.error(`custom-cni ${version}, for CNI ${VERSIONS.join(", ")}`);
+  console.error("A container runtime runs it for each pod. This node:");
+
+  let podCIDR = ipam.parsePodCIDR("10.240.0.0/16"); // until the conf is read
+  await look(async () => {
+    // The runtime takes the first file by name, and no other.
+    const isConf = (name: string) => /\.(conf|conflist|json)$/.test(name);
+    const mend = "put 10-custom-cni.conf there, with this node's podcidr";
+    const file = namesIn(CONF_DIR).find(isConf) ??
+      fail(7, `${CONF_DIR} is empty ("cni config uninitialized")`, mend);
+    const conf = JSON.parse(await Deno.readTextFile(join(CONF_DIR, file)));
+    const plugins: (Conf & { type: string })[] = conf.plugins ?? [conf];
+    const ours = plugins.find(({ type }) => type === "custom-cni") ??
+      fail(7, `${file} comes first, and is for another plugin`, mend);
+    podCIDR = ipam.parsePodCIDR(ours.podcidr);
+    return `${CONF_DIR}/${file}: podcidr ${podCIDR.text}`;
+  });
+  await look(async () => {
+    const { bridge, used } = await lookAtNode(podCIDR);
+    const free = podCIDR.room - used.size;
+    if (!free) fail(11, `All ${used.size} addresses are in use`, "delete pods");
+    const gateway = ipam.address(podCIDR, 1);
+    const state = hasAddress(bridge, gateway) ? "has" : "is yet to get";
+    return `${BRIDGE} ${state} ${gateway}; ${used.size} addresses used, ${free} free`;
+  });
+  await look(async () => {
+    const { stdout } = await run("ip", ["netconf", "show"]);
+    if (stdout.includes("inet all forwarding on")) return "ip_forward is on";
+    const mend = "sysctl -w net.ipv4.ip_forward=1";
+    return fail(100, "ip_forward is off: pods reach no other network", mend);
+  });
+  await look(async () => {
+    const { success, stdout, stderr } = await run("iptables", [
+      "-w",
+      "-S",
+      "FORWARD",
+    ]);
+    if (!success) fail(100, stderr, "apt-get install iptables");
+    const rules = ["-s", "-d"].map((way) =>
+      `FORWARD ${way} ${podCIDR.text} -j ACCEPT`
+    )
+      .filter((rule) => !stdout.includes(rule));
+    if (stdout.includes("-P FORWARD DROP") && rules.length) {
+      const mend = rules.map((rule) => `iptables -A ${rule}`).join(" && ");
+      fail(100, "FORWARD drops the pods' packets", mend);
+    }
+    return "FORWARD lets the pods' packets pass";
+  });
+}
+
+/** Reads the call, lets its verb run, answers the runtime, writes the log. */
+async function main(): Promise<number> {
+  const command = Deno.env.get("CNI_COMMAND");
+  if (!command) {
+    await doctor();
+    return 0;
+  }
+  const conf = await readConf().catch((error: CNIError) => error);
+  const who = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"]
+    .flatMap((name) => Deno.env.get(name) || []).join(" ");
+  try {
+    const { result, note = "" } = await handle(command, conf);
+    if (result) console.log(JSON.stringify(result, null, 2));
+    log(`${who} ${note}`);
+    return 0;
+  } catch (error) {
+    // What is no CNIError is a fault of this program, and is answered too.
+    const { code = 999, message, details = "" } = error as CNIError;
+    const cniVersion = VERSIONS.includes(`${(conf as Conf).cniVersion}`)
+      ? (conf as Conf).cniVersion
+      : "1.1.0";
+    const reply = { cniVersion, code, msg: message, details };
+    console.log(JSON.stringify(reply, null, 2));
+    log(`${who} error ${code}: ${message}; ${details}`);
+    return 1;
+  }
+}
+
+/** Checks the call, and hands it to its verb. */
+async function handle(command: string, conf: Conf | CNIError): Promise<Answer> {
+  const { cniVersion = "0.1.0", name } = conf as Conf; // 0.1.0 had no such key
+  if (command === "GET") return {};
+  if (command === "VERSION") {
+    return { result: { cniVersion, supportedVersions: VERSIONS } };
+  }
+  if (!Object.hasOwn(VERBS, command)) {
+    const known = Object.keys(VERBS).join(", ");
+    fail(
+      4,
+      `CNI_COMMAND ${JSON.stringify(command)} is unknown`,
+      `not ${known}`,
+    );
+  }
+  const { since, needs, run } = VERBS[command];
+  const [containerID, netns, ifname] = readVariables(needs);
+  if (conf instanceof CNIError) throw conf;
+  if (!VERSIONS.includes(`${cniVersion}`)) {
+    const known = `cniVersion may be ${VERSIONS.join(", ")}`;
+    fail(
+      1,
+      `CNI version ${JSON.stringify(cniVersion)} is not supported`,
+      known,
+    );
+  }
+  if (isBefore(conf, since)) {
+    fail(1, `CNI ${cniVersion} has no ${command}`, `it came with ${since}`);
+  }
+  if (!NAME.test(`${name ?? ""}`)) {
+    fail(
+      7,
+      `name ${JSON.stringify(name) ?? "is missing"}`,
+      `not ${NAME.source}`,
+    );
+  }
+  const alias = aliasOf(conf, containerID, ifname);
+  if (alias.length > 255) {
+    fail(
+      4,
+      "CNI_CONTAINERID is too long",
+      `255 bytes is the limit of ${alias}`,
+    );
+  }
+  return await run({ containerID, netns, ifname, conf, alias });
+}
+
+/** Reads the network configuration from stdin, and checks its types. */
+async function readConf(): Promise<Conf> {
+  let conf;
+  try {
+    conf = JSON.parse(await new Response(Deno.stdin.readable).text());
+  } catch (error) {
+    fail(6, "stdin is not JSON", `${error}`);
+  }
+  const isObject = (value: unknown) => `${value}` === "[object Object]";
+  if (!isObject(conf)) fail(6, "stdin is not a JSON object");
+  const { dns, prevResult, "cni.dev/valid-attachments": valid } = conf;
+  const { interfaces, ips, routes } = prevResult ?? {};
+  if (
+    ![dns ?? {}, prevResult ?? {}].every(isObject) ||
+    ![interfaces, ips, routes, valid].every((list) =>
+      !list || Array.isArray(list) && list.every(isObject)
+    )
+  ) {
+    fail(7, "dns, prevResult or cni.dev/valid-attachments has a wrong type");
+  }
+  return conf;
+}
+
+/** Reads the attachment's variables; an empty one counts as missing. */
+function readVariables(needs: string[]): string[] {
+  // Beyond the spec: nothing that the kernel (eth%d) or `ip -batch` would
+  // take for something else.
+  const valid = [
+    NAME,
+    /^\/[^"#\\\p{Cc}]*$/u,
+    /^(?!(\.\.?|all|default)$)(?!.*[/:%#'"\\])[!-~]{1,15}$/,
+  ];
+  const values = POD.map((name) => Deno.env.get(name) ?? "");
+  const bad = POD.flatMap((name, i) =>
+    !needs.includes(name) || valid[i].test(values[i])
+      ? []
+      : `${name} ${values[i] ? JSON.stringify(values[i]) : "is missing"}`
+  );
+  if (bad.length) {
+    fail(
+      4,
+      `Bad variable: ${bad.join(", ")}`,
+      "CNI spec, section 2, Parameters",
+    );
+  }
+  return values;
+}
+
+/**
+ * Runs `ip` once, with the steps as its batch, and returns what each listing
+ * showed. What takes back the steps that were done goes in front of `undo`.
+ */
+async function ip(
+  args: string[],
+  steps: Step[] = [],
+  undo: string[] = [],
+): Promise<Link[][]> {
+  const lines = steps.map(([line]) => line);
+  const all = lines.length ? [...args, "-batch", "-"] : args;
+  const { success, stdout, stderr } = await run("ip", all, lines.join("\n"));
+  // Without a line number nobody knows how far it came: take all back.
+  const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? lines.length + 1);
+  const done = steps.slice(0, failed - 1);
+  undo.unshift(...done.flatMap(([, back]) => back ?? []).reverse());
+  if (!success) fail(100, `ip ${lines[failed - 1] ?? all.join(" ")}`, stderr);
+  return stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line));
+}
+
+/** Runs a program, for ten seconds at most: the kubelet waits for an answer. */
+async function run(program: string, args: string[], input = "") {
+  const failed = (stderr: string) => ({ success: false, stdout: "", stderr });
+  let child: Deno.ChildProcess;
+  try {
+    child = new Deno.Command(program, {
+      args,
+      stdin: input ? "piped" : "null",
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+  } catch {
+    return failed(`${program} is not on the PATH`);
+  }
+  if (input) {
+    // If it ends without reading, its exit status says more.
+    const writer = child.stdin.getWriter();
+    const sent = writer.write(new TextEncoder().encode(input));
+    sent.then(() => writer.close()).catch(() => {});
+  }
+  const output = await Promise.race([
+    child.output(),
+    new Promise<null>((resolve) => setTimeout(resolve, 10_000, null)),
+  ]);
+  if (!output) {
+    child.kill("SIGKILL");
+    return failed(`${program} did not end within 10 seconds`);
+  }
+  const [stdout, stderr] = [output.stdout, output.stderr].map((bytes) =>
+    new TextDecoder().decode(bytes).trim()
+  );
+  return { success: output.success, stdout, stderr };
+}
+
+/** The host's links with their aliases, which `ip addr` leaves out. */
+async function hostLinks(): Promise<Link[]> {
+  return (await ip(["-json", "link", "show"]))[0];
+}
+
+/** Deletes links; that one went by itself meanwhile is no failure. */
+async function removeLinks(links: Link[]): Promise<void> {
+  const lines: Step[] = links.map(({ ifname }) => [`link del ${ifname}`]);
+  if (lines.length) {
+    await ip(["-force"], lines).catch(async (error) => {
+      const left = (await hostLinks()).map((link) => link.ifalias);
+      if (links.some((link) => left.includes(link.ifalias))) throw error;
+    });
+  }
+}
+
+/**
+ * What the node has already: the bridge, and the numbers whose vethN exists.
+ *
+ * @throws {CNIError} 7 if the node reaches addresses of the range another way.
+ */
+async function lookAtNode(podCIDR: ipam.PodCIDR) {
+  const [links] = await ip(["-json", "addr", "show"]);
+  const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
+  for (const { ifname, addr_info = [] } of links) {
+    for (const { family, local, prefixlen } of addr_info) {
+      const taken = `${local}/${prefixlen}`;
+      if (family !== "inet" || ifname === BRIDGE && taken === gateway) continue;
+      if (ipam.overlaps(podCIDR, taken)) {
+        const why =
+          `${ifname} has ${taken}, and ${BRIDGE} is to get ${gateway}`;
+        fail(7, `podcidr ${podCIDR.text} is the node's already`, why);
+      }
+    }
+  }
+  const numbers = links.map(({ ifname }) => /^veth(\d+)$/.exec(ifname)?.[1]);
+  const used = numbers.map(Number).filter((n) => n > 1 && n < podCIDR.size - 1);
+  const bridge = links.find(({ ifname }) => ifname === BRIDGE);
+  return { bridge, used: new Set(used) };
+}
+
+/**
+ * ln -sfT $CNI_NETNS /var/run/netns/$CNI_CONTAINERID, where it isn't so yet.
+ * By a process, since Deno.symlink asks for the right to write everywhere.
+ */
+async function nameNetns(containerID: string, netns: string): Promise<boolean> {
+  const name = join(NETNS_DIR, containerID);
+  if (netns === name || linkTarget(name) === netns) return false;
+  if (existsSync(name) && !linkTarget(name)) {
+    fail(4, `CNI_CONTAINERID ${containerID}: ${name} is another namespace`);
+  }
+  await ensureDir(NETNS_DIR);
+  const { success, stderr } = await run("ln", ["-sfT", netns, name]);
+  if (!success) fail(5, `ln -sfT ${netns} ${name}`, stderr);
+  return true;
+}
+
+/** Takes the name away with the container's last interface, if it is a link. */
+function unnameNetns(containerID: string, links: Link[]): void {
+  const name = join(NETNS_DIR, containerID);
+  const isUsed = links.some(({ ifalias }) =>
+    ifalias?.split("/")[1] === containerID
+  );
+  if (!isUsed && linkTarget(name)) Deno.removeSync(name);
+}
+
+/** Where a symbolic link points; nowhere for anything else. */
+function linkTarget(path: string): string | undefined {
+  try {
+    return Deno.readLinkSync(path);
+  } catch {
+    return undefined;
+  }
+}
+
+/** The names in a folder, sorted; none if it isn't there. */
+function namesIn(folder: string): string[] {
+  if (!existsSync(folder)) return [];
+  return Array.from(Deno.readDirSync(folder), ({ name }) => name).sort();
+}
+
+function aliasOf({ name }: Conf, containerID: string, ifname: string): string {
+  return `${name}/${containerID}/${ifname}`;
+}
+
+function isBefore({ cniVersion }: Conf, version: string): boolean {
+  return VERSIONS.indexOf(`${cniVersion}`) < VERSIONS.indexOf(version);
+}
+
+/** Is the link up, and has it this address (with its prefix or without)? */
+function hasAddress(link: Link | undefined, address: string): boolean {
+  const { flags = [], addr_info = [] } = link ?? {};
+  return flags.includes("UP") &&
+    addr_info.some(({ local, prefixlen }) =>
+      [local, `${local}/${prefixlen}`].includes(address)
+    );
+}
+
+/** The MAC 0a:58 and the four bytes of the address. */
+function macOf(address: string): string {
+  const bytes = [10, 88, ...address.split(".").map(Number)];
+  return bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(":");
+}
+
+/** One line a call for the operator. A full disk must not fail a pod. */
+function log(line: string): void {
+  try {
+    // FileHandler creates a file with no mode of our choice.
+    Deno.openSync(LOG, { append: true, create: true, mode: 0o640 }).close();
+    using file = new FileHandler("INFO", { filename: LOG, bufferSize: 0 });
+    file.setup();
+    const time = new Date().toISOString();
+    const text = `${time} ${line} (${Math.round(performance.now())} ms)`;
+    // No input may begin a line of its own.
+    file.log(text.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " "));
+  } catch (error) {
+    console.error(`custom-cni: no line in ${LOG}: ${error}`);
+  }
+}
+
+if (import.meta.main) Deno.exit(await main());

@@ -1,0 +1,178 @@
+/**
+ * The address manager: which address of the node's pod CIDR a pod gets.
+ *
+ * As in the shell script a file in /tmp holds the number given last, and each
+ * pod gets the next one: number 7 of 10.240.1.0/24 is 10.240.1.7, and its host
+ * end is veth7. The file only says where to go on. Which numbers are in use
+ * the kernel tells, by the veths that exist, so neither a cleaned /tmp nor a
+ * crash gives an address twice or loses one.
+ *
+ * @module
+ */
+
+/** Where the number given last is kept. */
+export const COUNTER = "/tmp/last_allocated_ip";
+
+/** The first number for a pod: 0 is the network, 1 the gateway. */
+const FIRST = 2;
+
+// Strict, since inet_aton(3) reads 010.1.0.0 as octal and 10.1 as 10.0.0.1.
+const PART = "(0|[1-9]\\d{0,2})";
+const CIDR = new RegExp(`^${PART}\\.${PART}\\.${PART}\\.${PART}/([1-9]\\d?)$`);
+
+/** An error as a plugin reports it (CNI spec, section 5, "Error"). */
+export class CNIError extends Error {
+  constructor(readonly code: number, message: string, readonly details = "") {
+    super(message);
+  }
+}
+
+/** Throws a {@linkcode CNIError}; in one word, so that `?? fail(…)` reads. */
+export function fail(code: number, message: string, details?: string): never {
+  throw new CNIError(code, message, details);
+}
+
+/** A node's range of addresses. */
+export interface PodCIDR {
+  /** As written, "10.240.1.0/24". */
+  text: string;
+  /** Its first address as a number. */
+  network: number;
+  prefix: number;
+  size: number;
+  /** How many pods it has addresses for: all but network, gateway, broadcast. */
+  room: number;
+}
+
+/**
+ * Reads a pod CIDR, from /8 to /30.
+ *
+ * @throws {CNIError} 7 if it is none, with the value and the reason.
+ */
+export function parsePodCIDR(text: unknown): PodCIDR {
+  const refuse = (reason: string) =>
+    fail(
+      7,
+      `podcidr ${
+        JSON.stringify(text)?.slice(0, 80) ?? "is missing"
+      }: ${reason}`,
+      'a node has its own range, such as "podcidr": "10.240.1.0/24"',
+    );
+  const parts = typeof text === "string" && CIDR.exec(text);
+  if (!parts) return refuse("not an IPv4 range in CIDR notation");
+  const [a, b, c, d, prefix] = parts.slice(1).map(Number);
+  if (Math.max(a, b, c, d) > 255) refuse("an address has parts up to 255");
+  if (prefix < 8 || prefix > 30) refuse("the prefix must be from /8 to /30");
+  const network = ((a * 256 + b) * 256 + c) * 256 + d;
+  const size = 2 ** (32 - prefix);
+  if (network % size) refuse(`bits are set behind the prefix /${prefix}`);
+  // 0/8 is "this network", 127/8 loopback, 224/3 multicast and reserved.
+  if (a === 0 || a === 127 || a > 223) refuse("not a range for hosts");
+  return { text: parts[0], network, prefix, size, room: size - 3 };
+}
+
+/** The address with the number n: 7 of 10.240.1.0/24 is "10.240.1.7". */
+export function address({ network }: PodCIDR, n: number): string {
+  const bits = network + n;
+  return [24, 16, 8, 0].map((shift) => (bits >>> shift) & 255).join(".");
+}
+
+/** Tells whether a range has addresses of the network of "10.0.2.14/24". */
+export function overlaps({ network, size }: PodCIDR, text: string): boolean {
+  const [a, b, c, d, prefix] = text.split(/[./]/).map(Number);
+  const otherSize = 2 ** (32 - prefix);
+  const other = ((a * 256 + b) * 256 + c) * 256 + d;
+  const first = other - other % otherSize;
+  return first < network + size && network < first + otherSize;
+}
+
+/**
+ * Tells whether the counter is there. Everybody may write in /tmp and we are
+ * root, so only a plain file of root's own will do: through a link we would
+ * overwrite what it points to.
+ *
+ * @throws {CNIError} 5 if it is anything else.
+ */
+export function checkCounter(): boolean {
+  try {
+    const { isFile, uid, nlink } = Deno.lstatSync(COUNTER);
+    if (isFile && uid === 0 && nlink === 1) return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    fail(5, `Cannot look at ${COUNTER}`, `${error}`);
+  }
+  return fail(
+    5,
+    `${COUNTER} is not a plain file of root's`,
+    `somebody else made it; look at it, then: rm -r ${COUNTER}`,
+  );
+}
+
+/**
+ * Opens the counter, and waits until no other ADD on the node has it. It stays
+ * locked, as in flock(2), until it is closed or the process ends.
+ *
+ * @param wait How long at most, in milliseconds.
+ * @throws {CNIError} 5 if the file can't be used, 11 after `wait`.
+ */
+export async function lockCounter(wait = 30_000): Promise<Deno.FsFile> {
+  const error = new CNIError(11, `${COUNTER} is locked by another process`);
+  const tooLate = new Promise<never>((_, reject) => {
+    setTimeout(reject, wait, error);
+  });
+  for (let tries = 0; tries < 10; tries++) {
+    const options = { read: true, write: true, mode: 0o600 };
+    try {
+      const createNew = !checkCounter();
+      const counter = Deno.openSync(COUNTER, { ...options, createNew });
+      await Promise.race([counter.lock(true), tooLate]);
+      // Cleaned away while we waited? Then the others lock a new file.
+      if (counter.statSync().ino === Deno.lstatSync(COUNTER).ino) {
+        return counter;
+      }
+      counter.close();
+    } catch (error) {
+      if (error instanceof CNIError) throw error;
+      const { AlreadyExists, NotFound } = Deno.errors; // somebody was faster
+      if (error instanceof AlreadyExists || error instanceof NotFound) continue;
+      fail(5, `Cannot open ${COUNTER}`, `${error}`);
+    }
+  }
+  return fail(11, `${COUNTER} is replaced again and again`);
+}
+
+/**
+ * Takes the next number: one more than the last, past those in use, and from
+ * the end back to the first. So an address comes back as late as it can.
+ *
+ * @param used The numbers of this range that are in use.
+ * @throws {CNIError} 11 if that is all of them, 5 if it can't be written.
+ */
+export function nextNumber(
+  counter: Deno.FsFile,
+  podCIDR: PodCIDR,
+  used: Set<number>,
+): number {
+  if (used.size >= podCIDR.room) {
+    const details = `all ${podCIDR.room} are in use, a pod must end first`;
+    fail(11, `No free address in ${podCIDR.text}`, details);
+  }
+  const last = podCIDR.size - 2; // behind it is the broadcast address
+  const content = new Uint8Array(32);
+  const length = counter.readSync(content) ?? 0;
+  let n = Number(new TextDecoder().decode(content.subarray(0, length)));
+  // Empty, rubbish, from a larger range: begin again.
+  if (!Number.isInteger(n) || n < 1 || n > last) n = 1;
+  do {
+    n = n < last ? n + 1 : FIRST;
+  } while (used.has(n));
+  const line = new TextEncoder().encode(`${n}\n`);
+  try {
+    counter.seekSync(0, Deno.SeekMode.Start);
+    counter.writeSync(line);
+    counter.truncateSync(line.length);
+  } catch (error) {
+    fail(5, `Cannot write ${COUNTER}`, `${error}`);
+  }
+  return n;
+}

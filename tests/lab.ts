@@ -1,0 +1,214 @@
+/**
+ * A Kubernetes node without Kubernetes: one process in namespaces of its own,
+ * in which the plugin finds its real paths, and a few lines that do what a
+ * kubelet's container runtime does. Tests import it; run as a program it shows
+ * the plugin at work.
+ *
+ * Nothing of the machine is changed. The namespaces hold the links, the rules
+ * and the files, and end with their last process, which ends with this one.
+ *
+ * @module
+ */
+import { join } from "@std/path/posix/join";
+
+const ROOT = new URL("..", import.meta.url).pathname;
+export const BINARY = join(ROOT, "dist/custom-cni");
+export const CONF = JSON.parse(
+  Deno.readTextFileSync(join(ROOT, "10-custom-cni.conf")),
+);
+
+/** How a command ended, and what it wrote. */
+export interface Output {
+  code: number;
+  stdout: string;
+  stderr: string;
+}
+
+/** What a runtime gives to a plugin, where it isn't the usual. */
+export interface CallOptions {
+  conf?: unknown;
+  /** Variables to set, or to leave out with undefined. */
+  env?: Record<string, string | undefined>;
+  plugin?: string;
+}
+
+/** What a plugin answered. */
+export interface Answer extends Output {
+  // deno-lint-ignore no-explicit-any -- a test looks at any key of the answer
+  json: any;
+}
+
+/** A sandbox as a container runtime makes it: a namespace with a name. */
+export interface Pod {
+  name: string;
+  containerID: string;
+  netns: string;
+}
+
+/** Runs a command for at most a minute. */
+export async function run(
+  command: string[],
+  options: { stdin?: string; env?: Record<string, string> } = {},
+): Promise<Output> {
+  const [program, ...args] = command;
+  const child = new Deno.Command(program, {
+    args,
+    env: options.env,
+    stdin: "piped",
+    stdout: "piped",
+    stderr: "piped",
+    signal: AbortSignal.timeout(60_000),
+  }).spawn();
+  const writer = child.stdin.getWriter();
+  await writer.write(new TextEncoder().encode(options.stdin ?? ""))
+    .then(() => writer.close())
+    .catch(() => {}); // it did not want to read
+  const { code, stdout, stderr } = await child.output();
+  const decoder = new TextDecoder();
+  return {
+    code,
+    stdout: decoder.decode(stdout),
+    stderr: decoder.decode(stderr),
+  };
+}
+
+/** A node: `await using node = await Node.start("node1")`. */
+export class Node implements AsyncDisposable {
+  #process: Deno.ChildProcess;
+
+  private constructor(readonly name: string, process: Deno.ChildProcess) {
+    this.#process = process;
+  }
+
+  /** Starts a node with the plugin and its conf where a kubelet expects them. */
+  static async start(name: string, conf: unknown = CONF): Promise<Node> {
+    // A fresh sysfs shows this network namespace. The binary is copied before
+    // /tmp is covered, since the repository may be there. At the end `cat`
+    // waits for the end of its stdin, which comes with our end at the latest.
+    const script = `set -e
+      mount --make-rprivate /
+      echo "$1" > /proc/sys/kernel/hostname
+      mount -t sysfs sysfs /sys
+      mount -t tmpfs tmpfs /mnt
+      mkdir /mnt/upper /mnt/work
+      mount -t overlay -o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work etc /etc
+      umount -l /mnt
+      mount -t tmpfs tmpfs /opt
+      mkdir -p /opt/cni/bin
+      cp "$2" /opt/cni/bin/custom-cni
+      for folder in /run /var/log /tmp; do mount -t tmpfs -o mode=755 tmpfs $folder; done
+      chmod 1777 /tmp
+      rm -rf /etc/cni
+      mkdir -p /etc/cni/net.d
+      ip link set lo up
+      echo ready
+      exec cat`;
+    const process = new Deno.Command("unshare", {
+      args: [
+        ...["--net", "--mount", "--uts", "sh", "-c", script],
+        ...["sh", name, BINARY],
+      ],
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "inherit",
+    }).spawn();
+    const node = new Node(name, process);
+    const reader = process.stdout.getReader();
+    const { value } = await reader.read();
+    reader.releaseLock();
+    if (!new TextDecoder().decode(value).includes("ready")) {
+      throw new Error(`${name} does not start; are you root?`);
+    }
+    await node.configure(conf);
+    return node;
+  }
+
+  /** Ends the node, and with it its namespaces, links and files. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#process.stdin.close();
+    await this.#process.stdout.cancel();
+    await this.#process.status;
+  }
+
+  /** A path of the node, seen from outside. */
+  path(path: string): string {
+    return `/proc/${this.#process.pid}/root${path}`;
+  }
+
+  /** Writes the node's network configuration. */
+  async configure(conf: unknown): Promise<void> {
+    const file = this.path("/etc/cni/net.d/10-custom-cni.conf");
+    await Deno.writeTextFile(file, JSON.stringify(conf, null, 2) + "\n");
+  }
+
+  /** The words that run a command in the node. */
+  enter(...command: string[]): string[] {
+    const pid = `${this.#process.pid}`;
+    return ["nsenter", "-t", pid, "-n", "-m", "-u", "--", ...command];
+  }
+
+  /** Runs a command in the node, whatever its status. */
+  run(...command: string[]): Promise<Output> {
+    return run(this.enter(...command));
+  }
+
+  /** Runs a shell line in the node, and throws unless it succeeds. */
+  async sh(line: string): Promise<string> {
+    const { code, stdout, stderr } = await this.run("sh", "-c", line);
+    if (code) throw new Error(`${this.name}# ${line}: ${stderr}${stdout}`);
+    return stdout.trimEnd();
+  }
+
+  /** Makes a sandbox, as the runtime does before it calls the plugin. */
+  async sandbox(name: string): Promise<Pod> {
+    const id = crypto.randomUUID();
+    await this.sh(`ip netns add cni-${id}`);
+    const containerID = id.replaceAll("-", "");
+    return { name, containerID, netns: `/var/run/netns/cni-${id}` };
+  }
+
+  /** Ends a sandbox, as the runtime does after DEL. */
+  async remove(pod: Pod): Promise<void> {
+    await this.sh(`ip netns del ${pod.netns.split("/").pop()}`);
+  }
+
+  /** Calls the plugin as a runtime does: variables, the conf on stdin. */
+  async cni(verb: string, pod?: Pod, call: CallOptions = {}): Promise<Answer> {
+    const path = this.path("/etc/cni/net.d/10-custom-cni.conf");
+    const conf = call.conf ?? await Deno.readTextFile(path);
+    const variables = Object.entries({
+      PATH: Deno.env.get("PATH"),
+      CNI_COMMAND: verb,
+      CNI_CONTAINERID: pod?.containerID,
+      CNI_NETNS: pod?.netns,
+      CNI_IFNAME: pod && "eth0",
+      CNI_ARGS: pod && `K8S_POD_NAMESPACE=default;K8S_POD_NAME=${pod.name}`,
+      CNI_PATH: "/opt/cni/bin",
+      ...call.env,
+    }).flatMap(([key, value]) => value === undefined ? [] : `${key}=${value}`);
+    const plugin = call.plugin ?? "/opt/cni/bin/custom-cni";
+    const output = await run(this.enter("env", "-i", ...variables, plugin), {
+      stdin: typeof conf === "string" ? conf : JSON.stringify(conf),
+    });
+    let json;
+    try {
+      json = JSON.parse(output.stdout);
+    } catch {
+      // Some verbs answer nothing.
+    }
+    return { ...output, json };
+  }
+
+  /** A pod from nothing to a network; throws unless the plugin gives it one. */
+  async start(name: string, call?: CallOptions): Promise<Pod & Answer> {
+    const pod = await this.sandbox(name);
+    const answer = await this.cni("ADD", pod, call);
+    if (answer.code) throw new Error(answer.stdout + answer.stderr);
+    return { ...pod, ...answer };
+  }
+
+  /** Runs a shell line in a pod; throws unless it succeeds. */
+  in(pod: Pod, line: string): Promise<string> {
+    return this.sh(`ip netns exec ${pod.netns.split("/").pop()} ${line}`);
+  }
+}
