@@ -51,11 +51,11 @@ interface Call {
 
 /** The keys of the network configuration that matter here. */
 interface Conf {
-  cniVersion?: unknown;
-  name?: unknown;
+  cniVersion?: string;
+  name?: string;
   podcidr?: unknown;
-  dns?: unknown;
-  prevResult?: Result | null;
+  dns?: object;
+  prevResult?: Result;
   "cni.dev/valid-attachments"?: { containerID: string; ifname: string }[];
 }
 
@@ -64,14 +64,11 @@ interface Result {
   interfaces?: { name: string; mac?: string; sandbox?: string }[];
   ips?: { address: string; gateway?: string; interface?: number }[];
   routes?: { dst: string; gw?: string }[];
-  dns?: unknown;
+  dns?: object;
 }
 
-/** What a verb says: to the runtime, and to the operator in the log. */
-interface Answer {
-  result?: unknown;
-  note?: string;
-}
+/** What a verb says: to the operator in the log, and to the runtime. */
+type Answer = [note: string, result?: object];
 
 /** What `ip -json` shows of a link. */
 interface Link {
@@ -106,7 +103,9 @@ async function add(call: Call): Promise<Answer> {
     const line = `link add ${BRIDGE} address ${bridgeMac} type bridge`;
     host.push([line, `link del ${BRIDGE}`]);
   }
-  host.push([`link set ${BRIDGE} up`]);
+  if (!isUp(bridge)) {
+    host.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
+  }
   if (!hasAddress(bridge, gateway)) {
     const where = `${gateway}/${podCIDR.prefix} dev ${BRIDGE}`;
     host.push([`addr add ${where}`, `addr del ${where}`]);
@@ -173,7 +172,7 @@ async function add(call: Call): Promise<Answer> {
       routes: [...routes, { dst: "0.0.0.0/0", gw: gateway }],
       dns: conf.dns ?? rest.dns ?? {},
     };
-    return { result, note: `${address} ${veth}` };
+    return [`${address} ${veth}`, result];
   } catch (error) {
     if (isNamed) Deno.removeSync(join(NETNS_DIR, containerID));
     await ip(["-force"], undo.map((line) => [line])).catch(() => {});
@@ -190,14 +189,14 @@ async function add(call: Call): Promise<Answer> {
 
 /** DEL: takes the attachment away, as often as asked, whatever is left of it. */
 async function del({ containerID, netns, alias }: Call): Promise<Answer> {
-  const links = await hostLinks();
+  const [links] = await ip(["-json", "link", "show"]);
   const ours = links.filter((link) => link.ifalias === alias);
   // With its host end go the pod's end, its address and its route.
   await removeLinks(ours);
   if (netns !== join(NETNS_DIR, containerID)) {
     unnameNetns(containerID, links.filter((link) => !ours.includes(link)));
   }
-  return { note: ours.map((link) => link.ifname).join(" ") || "nothing left" };
+  return [ours.map((link) => link.ifname).join(" ") || "nothing left"];
 }
 
 /** CHECK: is all as ADD answered it? If not, says all that is missing. */
@@ -211,12 +210,13 @@ async function check(call: Call): Promise<Answer> {
   const expect = (isThere: unknown, what: string) =>
     isThere || missing.push(what);
 
-  const isOurs = ({ ifalias, flags, master }: Link) =>
-    ifalias === call.alias && flags.includes("UP") && master === BRIDGE;
-  const veth = (await hostLinks()).some(isOurs);
-  expect(veth, `veth with alias ${call.alias}, up and on ${BRIDGE}`);
+  const [links] = await ip(["-json", "link", "show"]);
+  const veth = links.find((link) => link.ifalias === call.alias);
+  expect(isUp(veth), `veth with alias ${call.alias} that is up`);
+  expect(veth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
   const { bridge } = await lookAtNode(podCIDR);
-  expect(hasAddress(bridge, gateway), `${BRIDGE}, up and with ${gateway}`);
+  expect(isUp(bridge), `${BRIDGE} that is up`);
+  expect(hasAddress(bridge, gateway), `${BRIDGE} with ${gateway}`);
 
   const index = interfaces.findIndex(({ name, sandbox }) =>
     name === ifname && sandbox === netns
@@ -228,8 +228,9 @@ async function check(call: Call): Promise<Answer> {
       [`addr show dev ${ifname}`],
       [`route show default via ${gateway} dev ${ifname}`],
     ]);
+    expect(isUp(pod), `${ifname} that is up`);
     for (const { address } of ours) {
-      expect(hasAddress(pod, address), `${ifname}, up and with ${address}`);
+      expect(hasAddress(pod, address), `${ifname} with ${address}`);
     }
     const mac = interfaces[index]?.mac;
     expect(!mac || pod.address === mac, `${ifname} with the MAC ${mac}`);
@@ -243,18 +244,19 @@ async function check(call: Call): Promise<Answer> {
   if (missing.length) {
     fail(101, "Not as ADD left it", `no ${missing.join(", no ")}`);
   }
-  return {};
+  return ["as ADD left it"];
 }
 
 /** GC: removes what is this network's and not in the runtime's list. */
 async function gc({ conf }: Call): Promise<Answer> {
   const valid = conf["cni.dev/valid-attachments"];
   // No list is not an empty list: better a leftover than a pod without network.
-  if (!valid) return { note: "no cni.dev/valid-attachments: removed nothing" };
-  const keep = valid.map((pod) => aliasOf(conf, pod.containerID, pod.ifname));
-  const links = await hostLinks();
-  const stale = links.filter(({ ifalias }) =>
-    ifalias?.startsWith(`${conf.name}/`) && !keep.includes(ifalias)
+  if (!valid) return ["no cni.dev/valid-attachments: removed nothing"];
+  const network = `${conf.name}/`;
+  const keep = valid.map((pod) => `${network}${pod.containerID}/${pod.ifname}`);
+  const [links] = await ip(["-json", "link", "show"]);
+  const stale = links.filter(({ ifalias = "" }) =>
+    ifalias.startsWith(network) && !keep.includes(ifalias)
   );
   await removeLinks(stale);
   const rest = links.filter((link) => !stale.includes(link));
@@ -263,9 +265,7 @@ async function gc({ conf }: Call): Promise<Answer> {
   for (const name of namesIn(NETNS_DIR)) {
     if (!existsSync(join(NETNS_DIR, name))) unnameNetns(name, rest);
   }
-  return {
-    note: stale.map((link) => link.ifname).join(" ") || "nothing stale",
-  };
+  return [stale.map((link) => link.ifname).join(" ") || "nothing stale"];
 }
 
 /** STATUS: would an ADD succeed now? */
@@ -281,7 +281,7 @@ async function status({ conf }: Call): Promise<Answer> {
     const { message, details } = error as CNIError;
     fail(50, `No pod can be added: ${message}`, details);
   }
-  return {};
+  return ["ready"];
 }
 
 /** Run by hand: looks at the node, and says what mends each trouble. */
@@ -315,11 +315,11 @@ async function doctor(): Promise<void> {
   });
   await look(async () => {
     const { bridge, used } = await lookAtNode(podCIDR);
-    const free = podCIDR.room - used.size;
-    if (!free) fail(11, `All ${used.size} addresses are in use`, "delete pods");
     const gateway = ipam.address(podCIDR, 1);
-    const state = hasAddress(bridge, gateway) ? "has" : "is yet to get";
-    return `${BRIDGE} ${state} ${gateway}; ${used.size} addresses used, ${free} free`;
+    const has = hasAddress(bridge, gateway) ? "has" : "will get";
+    const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
+    if (used.size >= podCIDR.room) fail(11, counts, "some pods must end");
+    return `${BRIDGE} ${has} ${gateway}; ${counts}`;
   });
   await look(async () => {
     const { stdout } = await run("ip", ["netconf", "show"]);
@@ -328,18 +328,15 @@ async function doctor(): Promise<void> {
     return fail(100, "ip_forward is off: pods reach no other network", mend);
   });
   await look(async () => {
-    const { success, stdout, stderr } = await run("iptables", [
-      "-w",
-      "-S",
-      "FORWARD",
-    ]);
+    const args = ["-w", "-S", "FORWARD"];
+    const { success, stdout, stderr } = await run("iptables", args);
     if (!success) fail(100, stderr, "apt-get install iptables");
     const rules = ["-s", "-d"].map((way) =>
-      `FORWARD ${way} ${podCIDR.text} -j ACCEPT`
-    )
-      .filter((rule) => !stdout.includes(rule));
-    if (stdout.includes("-P FORWARD DROP") && rules.length) {
-      const mend = rules.map((rule) => `iptables -A ${rule}`).join(" && ");
+      `-A FORWARD ${way} ${podCIDR.text} -j ACCEPT`
+    );
+    const mend = rules.filter((rule) => !stdout.includes(rule))
+      .map((rule) => `iptables ${rule}`).join(" && ");
+    if (mend && stdout.includes("-P FORWARD DROP")) {
       fail(100, "FORWARD drops the pods' packets", mend);
     }
     return "FORWARD lets the pods' packets pass";
@@ -353,70 +350,54 @@ async function main(): Promise<number> {
     await doctor();
     return 0;
   }
-  const conf = await readConf().catch((error: CNIError) => error);
   const who = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"]
     .flatMap((name) => Deno.env.get(name) || []).join(" ");
+  const stdin = await readConf().catch((error: CNIError) => error);
+  const conf = stdin instanceof CNIError ? {} : stdin;
   try {
-    const { result, note = "" } = await handle(command, conf);
+    const [note, result] = await answer(command, stdin);
     if (result) console.log(JSON.stringify(result, null, 2));
     log(`${who} ${note}`);
     return 0;
   } catch (error) {
     // What is no CNIError is a fault of this program, and is answered too.
-    const { code = 999, message, details = "" } = error as CNIError;
-    const cniVersion = VERSIONS.includes(`${(conf as Conf).cniVersion}`)
-      ? (conf as Conf).cniVersion
-      : "1.1.0";
-    const reply = { cniVersion, code, msg: message, details };
-    console.log(JSON.stringify(reply, null, 2));
-    log(`${who} error ${code}: ${message}; ${details}`);
+    const { code = 999, message: msg, details = "" } = error as CNIError;
+    const isKnown = VERSIONS.includes(conf.cniVersion ?? "");
+    const cniVersion = isKnown ? conf.cniVersion : VERSIONS.at(-1);
+    console.log(JSON.stringify({ cniVersion, code, msg, details }, null, 2));
+    log(`${who} error ${code}: ${msg}; ${details}`);
     return 1;
   }
 }
 
-/** Checks the call, and hands it to its verb. */
-async function handle(command: string, conf: Conf | CNIError): Promise<Answer> {
-  const { cniVersion = "0.1.0", name } = conf as Conf; // 0.1.0 had no such key
-  if (command === "GET") return {};
+/** Checks the call from the outside in, and hands it to its verb. */
+async function answer(
+  command: string,
+  conf: Conf | CNIError,
+): Promise<Answer> {
+  const { cniVersion = "0.1.0", name = "" } = conf as Conf; // as of old
+  if (command === "GET") return ["a no-op"];
   if (command === "VERSION") {
-    return { result: { cniVersion, supportedVersions: VERSIONS } };
+    return [cniVersion, { cniVersion, supportedVersions: VERSIONS }];
   }
   if (!Object.hasOwn(VERBS, command)) {
-    const known = Object.keys(VERBS).join(", ");
-    fail(
-      4,
-      `CNI_COMMAND ${JSON.stringify(command)} is unknown`,
-      `not ${known}`,
-    );
+    const verbs = `one of ${Object.keys(VERBS)}`;
+    fail(4, `CNI_COMMAND ${JSON.stringify(command)} is unknown`, verbs);
   }
   const { since, needs, run } = VERBS[command];
   const [containerID, netns, ifname] = readVariables(needs);
   if (conf instanceof CNIError) throw conf;
-  if (!VERSIONS.includes(`${cniVersion}`)) {
-    const known = `cniVersion may be ${VERSIONS.join(", ")}`;
-    fail(
-      1,
-      `CNI version ${JSON.stringify(cniVersion)} is not supported`,
-      known,
-    );
+  if (!VERSIONS.includes(cniVersion)) {
+    const known = `one of ${VERSIONS}`;
+    fail(1, `cniVersion ${JSON.stringify(cniVersion)} is unknown`, known);
   }
-  if (isBefore(conf, since)) {
-    fail(1, `CNI ${cniVersion} has no ${command}`, `it came with ${since}`);
+  if (isBefore(conf, since)) fail(1, `${command} came with CNI ${since}`);
+  if (!NAME.test(name)) {
+    fail(7, `name ${JSON.stringify(name)} is not a network's`, `${NAME}`);
   }
-  if (!NAME.test(`${name ?? ""}`)) {
-    fail(
-      7,
-      `name ${JSON.stringify(name) ?? "is missing"}`,
-      `not ${NAME.source}`,
-    );
-  }
-  const alias = aliasOf(conf, containerID, ifname);
+  const alias = `${name}/${containerID}/${ifname}`;
   if (alias.length > 255) {
-    fail(
-      4,
-      "CNI_CONTAINERID is too long",
-      `255 bytes is the limit of ${alias}`,
-    );
+    fail(4, "CNI_CONTAINERID is too long", "an alias has up to 255 bytes");
   }
   return await run({ containerID, netns, ifname, conf, alias });
 }
@@ -425,22 +406,24 @@ async function handle(command: string, conf: Conf | CNIError): Promise<Answer> {
 async function readConf(): Promise<Conf> {
   let conf;
   try {
-    conf = JSON.parse(await new Response(Deno.stdin.readable).text());
+    const text = await new Response(Deno.stdin.readable).text();
+    // Go's JSON takes null for absent, and runtimes are written in Go.
+    conf = JSON.parse(text, (_, value) => value ?? undefined);
   } catch (error) {
     fail(6, "stdin is not JSON", `${error}`);
   }
-  const isObject = (value: unknown) => `${value}` === "[object Object]";
+  const isObject = (value: unknown) =>
+    Object.prototype.toString.call(value) === "[object Object]";
   if (!isObject(conf)) fail(6, "stdin is not a JSON object");
-  const { dns, prevResult, "cni.dev/valid-attachments": valid } = conf;
-  const { interfaces, ips, routes } = prevResult ?? {};
-  if (
-    ![dns ?? {}, prevResult ?? {}].every(isObject) ||
-    ![interfaces, ips, routes, valid].every((list) =>
-      !list || Array.isArray(list) && list.every(isObject)
-    )
-  ) {
-    fail(7, "dns, prevResult or cni.dev/valid-attachments has a wrong type");
-  }
+  const { cniVersion = "", name = "", dns = {}, prevResult = {} } = conf;
+  const { interfaces = [], ips = [], routes = [] } = prevResult;
+  const { "cni.dev/valid-attachments": valid = [] } = conf;
+  const isWell = [cniVersion, name].every((key) => typeof key === "string") &&
+    [dns, prevResult].every(isObject) &&
+    [interfaces, ips, routes, valid].every((key) =>
+      Array.isArray(key) && key.every(isObject)
+    );
+  if (!isWell) fail(7, "A key on stdin has the wrong type", "see the CNI spec");
   return conf;
 }
 
@@ -454,17 +437,11 @@ function readVariables(needs: string[]): string[] {
     /^(?!(\.\.?|all|default)$)(?!.*[/:%#'"\\])[!-~]{1,15}$/,
   ];
   const values = POD.map((name) => Deno.env.get(name) ?? "");
-  const bad = POD.flatMap((name, i) =>
-    !needs.includes(name) || valid[i].test(values[i])
-      ? []
-      : `${name} ${values[i] ? JSON.stringify(values[i]) : "is missing"}`
-  );
+  const bad = POD.filter((name, i) =>
+    needs.includes(name) && !valid[i].test(values[i])
+  ).map((name) => `${name}=${JSON.stringify(Deno.env.get(name) ?? "")}`);
   if (bad.length) {
-    fail(
-      4,
-      `Bad variable: ${bad.join(", ")}`,
-      "CNI spec, section 2, Parameters",
-    );
+    fail(4, `Missing or bad: ${bad.join(", ")}`, "see the CNI spec");
   }
   return values;
 }
@@ -523,18 +500,14 @@ async function run(program: string, args: string[], input = "") {
   return { success: output.success, stdout, stderr };
 }
 
-/** The host's links with their aliases, which `ip addr` leaves out. */
-async function hostLinks(): Promise<Link[]> {
-  return (await ip(["-json", "link", "show"]))[0];
-}
-
 /** Deletes links; that one went by itself meanwhile is no failure. */
 async function removeLinks(links: Link[]): Promise<void> {
   const lines: Step[] = links.map(({ ifname }) => [`link del ${ifname}`]);
   if (lines.length) {
     await ip(["-force"], lines).catch(async (error) => {
-      const left = (await hostLinks()).map((link) => link.ifalias);
-      if (links.some((link) => left.includes(link.ifalias))) throw error;
+      const [left] = await ip(["-json", "link", "show"]);
+      const aliases = links.map((link) => link.ifalias);
+      if (left.some((link) => aliases.includes(link.ifalias))) throw error;
     });
   }
 }
@@ -571,9 +544,6 @@ async function lookAtNode(podCIDR: ipam.PodCIDR) {
 async function nameNetns(containerID: string, netns: string): Promise<boolean> {
   const name = join(NETNS_DIR, containerID);
   if (netns === name || linkTarget(name) === netns) return false;
-  if (existsSync(name) && !linkTarget(name)) {
-    fail(4, `CNI_CONTAINERID ${containerID}: ${name} is another namespace`);
-  }
   await ensureDir(NETNS_DIR);
   const { success, stderr } = await run("ln", ["-sfT", netns, name]);
   if (!success) fail(5, `ln -sfT ${netns} ${name}`, stderr);
@@ -604,21 +574,19 @@ function namesIn(folder: string): string[] {
   return Array.from(Deno.readDirSync(folder), ({ name }) => name).sort();
 }
 
-function aliasOf({ name }: Conf, containerID: string, ifname: string): string {
-  return `${name}/${containerID}/${ifname}`;
-}
-
 function isBefore({ cniVersion }: Conf, version: string): boolean {
   return VERSIONS.indexOf(`${cniVersion}`) < VERSIONS.indexOf(version);
 }
 
-/** Is the link up, and has it this address (with its prefix or without)? */
+function isUp(link: Link | undefined): boolean {
+  return link?.flags.includes("UP") ?? false;
+}
+
+/** Has the link this address, written with its prefix or without? */
 function hasAddress(link: Link | undefined, address: string): boolean {
-  const { flags = [], addr_info = [] } = link ?? {};
-  return flags.includes("UP") &&
-    addr_info.some(({ local, prefixlen }) =>
-      [local, `${local}/${prefixlen}`].includes(address)
-    );
+  return link?.addr_info?.some(({ local, prefixlen }) =>
+    [local, `${local}/${prefixlen}`].includes(address)
+  ) ?? false;
 }
 
 /** The MAC 0a:58 and the four bytes of the address. */

@@ -72,6 +72,39 @@ export async function run(
   };
 }
 
+/**
+ * What makes a process a node: its network, mounts and name are its own, and a
+ * fresh sysfs shows that network. Where the repository or Deno lie in a folder
+ * that is covered, they are put back. At the end `cat` waits for the end of its
+ * stdin, which comes with the end of this program, however that ends.
+ */
+const NODE = `set -e
+name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
+mount --make-rprivate /
+echo "$name" > /proc/sys/kernel/hostname
+mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /mnt
+cd /mnt
+mkdir upper work root deno
+mount --bind "$root" root
+mount --bind "$deno" deno
+mount -t overlay -o lowerdir=/etc,upperdir=upper,workdir=work etc /etc
+for folder in /opt /run /var/log /tmp; do
+  mount -t tmpfs -o mode=755 tmpfs $folder
+done
+chmod 1777 /tmp
+mkdir -p "$root" "$deno"
+mount --bind root "$root"
+mount --bind deno "$deno"
+cd /
+umount -l /mnt
+rm -rf /etc/cni
+mkdir -p /etc/cni/net.d /opt/cni/bin
+[ -z "$binary" ] || cp "$binary" /opt/cni/bin/custom-cni
+ip link set lo up
+echo ready
+exec cat`;
+
 /** A node: `await using node = await Node.start("node1")`. */
 export class Node implements AsyncDisposable {
   #process: Deno.ChildProcess;
@@ -80,33 +113,12 @@ export class Node implements AsyncDisposable {
     this.#process = process;
   }
 
-  /** Starts a node with the plugin and its conf where a kubelet expects them. */
+  /** Starts a node; with a conf it has the plugin, as a kubelet expects it. */
   static async start(name: string, conf: unknown = CONF): Promise<Node> {
-    // A fresh sysfs shows this network namespace. The binary is copied before
-    // /tmp is covered, since the repository may be there. At the end `cat`
-    // waits for the end of its stdin, which comes with our end at the latest.
-    const script = `set -e
-      mount --make-rprivate /
-      echo "$1" > /proc/sys/kernel/hostname
-      mount -t sysfs sysfs /sys
-      mount -t tmpfs tmpfs /mnt
-      mkdir /mnt/upper /mnt/work
-      mount -t overlay -o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work etc /etc
-      umount -l /mnt
-      mount -t tmpfs tmpfs /opt
-      mkdir -p /opt/cni/bin
-      cp "$2" /opt/cni/bin/custom-cni
-      for folder in /run /var/log /tmp; do mount -t tmpfs -o mode=755 tmpfs $folder; done
-      chmod 1777 /tmp
-      rm -rf /etc/cni
-      mkdir -p /etc/cni/net.d
-      ip link set lo up
-      echo ready
-      exec cat`;
     const process = new Deno.Command("unshare", {
       args: [
-        ...["--net", "--mount", "--uts", "sh", "-c", script],
-        ...["sh", name, BINARY],
+        ...["--net", "--mount", "--uts", "sh", "-c", NODE],
+        ...["sh", name, ROOT, Deno.execPath(), conf ? BINARY : ""],
       ],
       stdin: "piped",
       stdout: "piped",
@@ -119,7 +131,7 @@ export class Node implements AsyncDisposable {
     if (!new TextDecoder().decode(value).includes("ready")) {
       throw new Error(`${name} does not start; are you root?`);
     }
-    await node.configure(conf);
+    if (conf) await node.configure(conf);
     return node;
   }
 
@@ -210,5 +222,20 @@ export class Node implements AsyncDisposable {
   /** Runs a shell line in a pod; throws unless it succeeds. */
   in(pod: Pod, line: string): Promise<string> {
     return this.sh(`ip netns exec ${pod.netns.split("/").pop()} ${line}`);
+  }
+
+  /**
+   * What a call may change, as text to compare: links, addresses and routes of
+   * the node (and of a pod), and its files. Left out is what the kernel settles
+   * later, such as the carrier, and the log.
+   */
+  listing(pod?: Pod): Promise<string> {
+    const netns = pod ? `"-n ${pod.netns.split("/").pop()}"` : "";
+    return this.sh(`for n in "" ${netns}; do
+        ip $n -o link; ip $n -o -4 addr; ip $n -4 route show table all
+      done | sed -E 's/NO-CARRIER,|,M-DOWN|,LOWER_UP| linkdown//g
+        s/ state [A-Z]+| link-netns(id)? [^ ]+//g'
+      find /etc/cni /opt /run /tmp /var/log ! -name cni.log -printf \
+        '%p %M %u %l\\n' | sort`);
   }
 }
