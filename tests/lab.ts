@@ -11,7 +11,7 @@
  */
 import { join } from "@std/path/posix/join";
 
-const ROOT = new URL("..", import.meta.url).pathname;
+export const ROOT = new URL("..", import.meta.url).pathname;
 export const BINARY = join(ROOT, "dist/custom-cni");
 export const CONF = JSON.parse(
   Deno.readTextFileSync(join(ROOT, "10-custom-cni.conf")),
@@ -75,8 +75,8 @@ export async function run(
 /**
  * What makes a process a node: its network, mounts and name are its own, and a
  * fresh sysfs shows that network. Where the repository or Deno lie in a folder
- * that is covered, they are put back. At the end `cat` waits for the end of its
- * stdin, which comes with the end of this program, however that ends.
+ * that is covered, they are put back, read-only. `cat` waits for the end of its stdin, which
+ * comes with the end of this program, however that ends.
  */
 const NODE = `set -e
 name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
@@ -93,17 +93,22 @@ for folder in /opt /run /var/log /tmp; do
   mount -t tmpfs -o mode=755 tmpfs $folder
 done
 chmod 1777 /tmp
-mkdir -p "$root" "$deno"
-mount --bind root "$root"
-mount --bind deno "$deno"
+for kept in root deno; do
+  eval path=\\$$kept
+  mkdir -p "$path"
+  mount --bind $kept "$path"
+  mount -o remount,bind,ro "$path"
+done
 cd /
 umount -l /mnt
 rm -rf /etc/cni
 mkdir -p /etc/cni/net.d /opt/cni/bin
 [ -z "$binary" ] || cp "$binary" /opt/cni/bin/custom-cni
 ip link set lo up
+trap '' INT
 echo ready
-exec cat`;
+cat
+[ ! -f /run/background ] || kill $(cat /run/background)`;
 
 /** A node: `await using node = await Node.start("node1")`. */
 export class Node implements AsyncDisposable {
@@ -142,9 +147,14 @@ export class Node implements AsyncDisposable {
     await this.#process.status;
   }
 
+  /** The process that holds the namespaces. */
+  get pid(): number {
+    return this.#process.pid;
+  }
+
   /** A path of the node, seen from outside. */
   path(path: string): string {
-    return `/proc/${this.#process.pid}/root${path}`;
+    return `/proc/${this.pid}/root${path}`;
   }
 
   /** Writes the node's network configuration. */
@@ -155,8 +165,7 @@ export class Node implements AsyncDisposable {
 
   /** The words that run a command in the node. */
   enter(...command: string[]): string[] {
-    const pid = `${this.#process.pid}`;
-    return ["nsenter", "-t", pid, "-n", "-m", "-u", "--", ...command];
+    return ["nsenter", `-t${this.pid}`, "-n", "-m", "-u", "--", ...command];
   }
 
   /** Runs a command in the node, whatever its status. */
@@ -219,9 +228,28 @@ export class Node implements AsyncDisposable {
     return { ...pod, ...answer };
   }
 
-  /** Runs a shell line in a pod; throws unless it succeeds. */
+  /** The words that run a command in a pod. */
+  enterPod(pod: Pod, ...command: string[]): string[] {
+    const netns = pod.netns.split("/").pop()!;
+    return this.enter("ip", "netns", "exec", netns, ...command);
+  }
+
+  /** Runs a command line in a pod; throws unless it succeeds. */
   in(pod: Pod, line: string): Promise<string> {
     return this.sh(`ip netns exec ${pod.netns.split("/").pop()} ${line}`);
+  }
+
+  /** Starts a web server in a namespace of the node, until the node ends. */
+  async serve(netns: string, greeting: string): Promise<void> {
+    const folder = `/run/www/${netns.split("/").pop()}`;
+    const answer = `#!/bin/sh\necho; echo "${greeting} sees $REMOTE_ADDR"\n`;
+    await this.sh(`mkdir -p ${folder}/cgi-bin`);
+    const script = this.path(`${folder}/cgi-bin/index.cgi`);
+    await Deno.writeTextFile(script, answer, { mode: 0o755 });
+    const server = `ip netns exec ${netns.split("/").pop()} \
+      busybox httpd -f -p 0.0.0.0:80 -h ${folder}`;
+    const line = `echo $$ >> /run/background; exec ${server}`;
+    await this.sh(`sh -c '${line}' > /dev/null 2>&1 &`);
   }
 
   /**

@@ -1,0 +1,374 @@
+/**
+ * The tutorial on one machine, step by step: what fails before a command works
+ * after it. Every line that follows a prompt was run, every output is real.
+ *
+ * @module
+ */
+import { parseArgs } from "@std/cli/parse-args";
+import { capture, Cluster, readPods, type Sighting } from "./cluster.ts";
+import { type Node, type Pod, ROOT, run } from "./lab.ts";
+
+const HELP =
+  `Walks through the tutorial: two nodes, three pods, on this machine.
+
+  --step N   stop after step N (1 to 6)
+  --keep     leave the nodes standing at the end, until Ctrl-C
+  --quiet    one line a step
+  --help     this text`;
+
+/** The machines, and the pods once they are there. */
+interface World {
+  cluster: Cluster;
+  pods: Record<string, Pod & { node: Node; address: string }>;
+}
+
+/** The Service of nginx2, as a cluster's DNS would name it. */
+const SERVICE = "10.96.0.20";
+
+const quiet = { is: false };
+let misbehaved = 0;
+
+/** Prints a paragraph. */
+function say(text: string): void {
+  if (!quiet.is) console.log(text);
+}
+
+/** Prints a command with its prompt and what it wrote. */
+function show(prompt: string, line: string, output: string): void {
+  say(`\n${prompt}# ${line}`);
+  if (output.trim()) say(output.trimEnd().replace(/^/gm, "  "));
+}
+
+/** Runs a shell line on a node, and shows it. */
+async function on(node: Node, line: string): Promise<string> {
+  const { stdout, stderr } = await node.run("sh", "-c", line);
+  show(node.name, line, stdout + stderr);
+  return stdout;
+}
+
+/** Runs node-setup.ts on a node, as an operator would. */
+async function setup(node: Node, flags: string): Promise<void> {
+  const line = `deno run -A node-setup.ts ${flags}`;
+  const deno = `cd ${ROOT} && exec ${Deno.execPath()}`;
+  const { code, stdout, stderr } = await node.run(
+    ...["sh", "-c", line.replace("deno", deno)],
+  );
+  show(node.name, line, stdout + stderr);
+  expect(code === 0, `${line} on ${node.name}`);
+}
+
+/** Notes what did not go as it was said. */
+function expect(isSo: boolean, what: string): void {
+  if (isSo) return;
+  misbehaved++;
+  console.log(`UNEXPECTED: ${what}`);
+}
+
+/** A request from a pod or a node that must work, or fail. */
+async function request(
+  from: { name: string; enter: string[] },
+  to: string,
+  wish: "works" | "fails",
+): Promise<string> {
+  const line = `wget -qO- http://${to}/`;
+  // busybox, as in the image alpine; its own -T ends in a segmentation fault.
+  const { code, stdout, stderr } = await run(
+    [...from.enter, "timeout", "2", "busybox", ...line.split(" ")],
+  );
+  const silence = code === 0 ? "" : "(no answer in 2 seconds)";
+  show(from.name, line, stdout + stderr || silence);
+  expect((code === 0) === (wish === "works"), `${from.name} to ${to} ${wish}`);
+  return stdout;
+}
+
+const STEPS: { title: string; run: (world: World) => Promise<void> }[] = [
+  { title: "Every pod gets an interface, an address and a route", run: pods },
+  { title: "Pod to pod on one node: FORWARD", run: sameNode },
+  { title: "Pod to pod across nodes: routes", run: acrossNodes },
+  { title: "Pod to the internet: MASQUERADE", run: internet },
+  {
+    title: "A Service: kube-proxy rewrites, the plugin's network carries",
+    run: service,
+  },
+  { title: "The way of a packet, interface by interface", run: packets },
+];
+
+/** Step 1: what the kubelet's runtime and the plugin do for a pod. */
+async function pods(world: World): Promise<void> {
+  const { node1, node2 } = world.cluster;
+  say(`
+Two nodes stand on one network, each with the plugin and a conf of its own, the
+way a kubelet finds them. A router leads to the internet. FORWARD drops, since
+that is how Docker leaves it.
+
+${picture()}`);
+  await on(node2, "ls /opt/cni/bin /etc/cni/net.d");
+  await on(node2, "cat /etc/cni/net.d/10-custom-cni.conf");
+  say(`
+The kubelet has the pods of pods.yaml started. For each the container runtime
+makes a network namespace, puts who it is for into CNI_* variables, writes the
+conf to the plugin's stdin, and reads the result.`);
+  for (const { name, node: nodeName } of await readPods()) {
+    const node = world.cluster.node(nodeName);
+    const pod = await node.start(name);
+    const address = pod.json.ips[0].address.split("/")[0];
+    const isFirst = Object.keys(world.pods).length === 0;
+    world.pods[name] = { ...pod, node, address };
+    const call = `CNI_COMMAND=ADD CNI_CONTAINERID=${pod.containerID} \\
+    CNI_NETNS=${pod.netns} \\
+    CNI_IFNAME=eth0 /opt/cni/bin/custom-cni < /etc/cni/net.d/10-custom-cni.conf`;
+    if (isFirst) show(node.name, call, pod.stdout);
+    else say(`\n${node.name}: ADD gives ${name} ${pod.json.ips[0].address}`);
+    await node.serve(pod.netns, `${name} on ${node.name}`);
+    const { code } = await run(
+      node.enterPod(pod, "ping", "-c1", "-W1", pod.json.ips[0].gateway),
+    );
+    expect(code === 0, `${name} reaches its gateway`);
+  }
+  const { alpine1 } = world.pods;
+  say(`
+On the node: a bridge with the gateway's address, and the host end of each pod's
+veth pair. Its alias tells whose it is.`);
+  await on(node2, "ip -4 -br addr; ip link show type veth");
+  say(`
+In the pod: the other end, by the name that the runtime asked for. The plugin
+named the namespace after the container, so \`ip netns exec\` finds it.`);
+  const exec = `ip netns exec ${alpine1.containerID}`;
+  await on(node2, `${exec} ip -4 addr show eth0`);
+  await on(node2, `${exec} ip route`);
+  await on(node2, `${exec} ping -c1 10.240.0.1`);
+  say(`
+The counter goes up by one for each pod; the log has a line for each call; and
+run by hand the plugin looks at its node. It finds two troubles, the next steps
+are about them.`);
+  await on(node2, "cat /tmp/last_allocated_ip /var/log/cni.log");
+  await on(node2, "/opt/cni/bin/custom-cni");
+  void node1;
+}
+
+/** Step 2: why a bridge alone is not enough. */
+async function sameNode({ cluster, pods }: World): Promise<void> {
+  const { alpine1, nginx1 } = pods;
+  say(`
+alpine1 and nginx1 hang on one bridge, and yet: bridged packets go through
+iptables (net.bridge.bridge-nf-call-iptables=1), and FORWARD drops them.`);
+  await on(cluster.node2, "iptables -S FORWARD");
+  await request(fromPod(alpine1), nginx1.address, "fails");
+  say(`
+Two rules on each node let packets from and to its pods pass.`);
+  await setup(cluster.node2, "--only forward --peer 10.0.2.14");
+  await setup(cluster.node1, "--only forward --peer 10.0.2.15");
+  await request(fromPod(alpine1), nginx1.address, "works");
+}
+
+/** Step 3: who knows where the other node's pods are. */
+async function acrossNodes({ cluster, pods }: World): Promise<void> {
+  const { alpine1, nginx2 } = pods;
+  say(`
+nginx2 is on the other node. node2 has no route to 10.240.1.0/24, so it sends
+the packet to its default gateway, and the router knows no pods.`);
+  await on(cluster.node2, `ip route get ${nginx2.address}`);
+  await request(fromPod(alpine1), nginx2.address, "fails");
+  say(`
+Each node learns where the other's pods are. It takes both: the answer has to
+find its way back.`);
+  await setup(cluster.node2, "--only routes --peer 10.0.2.14");
+  await setup(cluster.node1, "--only routes --peer 10.0.2.15");
+  const seen = await request(fromPod(alpine1), nginx2.address, "works");
+  expect(seen.includes(alpine1.address), "nginx2 sees the pod's own address");
+  say(`
+nginx2 sees the pod's own address as the source. With the next step's rule that
+will change.`);
+}
+
+/** Step 4: a source that the internet can answer. */
+async function internet({ cluster, pods }: World): Promise<void> {
+  const { alpine1, nginx2 } = pods;
+  say(`
+203.0.113.8 stands for the internet. The packet gets there, but its source is
+10.240.0.2, to which nobody out there has a route: no answer comes.`);
+  await request(fromPod(alpine1), "203.0.113.8", "fails");
+  say(`
+MASQUERADE puts the node's address in its place, on all that leaves the node by
+another way than cni0, and puts the pod's back into the answer.`);
+  await setup(cluster.node2, "--peer 10.0.2.14");
+  await setup(cluster.node1, "--peer 10.0.2.15");
+  const seen = await request(fromPod(alpine1), "203.0.113.8", "works");
+  expect(seen.includes("10.0.2.15"), "the internet sees the node");
+  const node = await request(fromPod(alpine1), nginx2.address, "works");
+  expect(node.includes("10.0.2.15"), "nginx2 sees the node's address");
+  say(`
+The rule says "not by cni0", and enp0s3 is not cni0: so nginx2, too, sees
+10.0.2.15 now, the address of alpine1's node. (--keep-source leaves the pod's.)`);
+}
+
+/** Step 5: an address that is no host's. */
+async function service({ cluster, pods }: World): Promise<void> {
+  const { alpine1, nginx1, nginx2 } = pods;
+  say(`
+A Service's address is no interface's. On every node kube-proxy rewrites the
+destination to a pod's, and then the network of the steps before carries it. A
+pod that reaches itself this way needs two things more: kube-proxy's MASQUERADE,
+or it would see itself as the source, and the hairpin mode that the plugin gives
+its port, or the bridge would not send a packet back where it came from.`);
+  for (const node of [cluster.node1, cluster.node2]) {
+    await node.sh(
+      `iptables-restore --noflush << 'END'\n${kubeProxy(nginx2.address)}\nEND`,
+    );
+  }
+  await on(cluster.node1, "iptables -t nat -S | grep KUBE");
+  for (
+    const from of [
+      fromPod(alpine1),
+      fromPod(nginx1),
+      { name: "node1", enter: cluster.node1.enter() },
+      { name: "node2", enter: cluster.node2.enter() },
+      fromPod(nginx2),
+    ]
+  ) {
+    const seen = await request(from, SERVICE, "works");
+    expect(seen.startsWith("nginx2"), `${from.name} reaches nginx2`);
+  }
+}
+
+/** Step 6: the same requests, looked at on every interface. */
+async function packets({ cluster, pods }: World): Promise<void> {
+  const { alpine1, nginx1, nginx2 } = pods;
+  const { node1, node2, router } = cluster;
+  say(`
+tcpdump looked at every interface while the first packet of a request went there
+and the answer to it came back. Where an address changes, it is marked.`);
+  const places: Record<string, string[]> = {
+    alpine1: node2.enterPod(alpine1),
+    node2: node2.enter(),
+    router: router.enter(),
+    node1: node1.enter(),
+    nginx1: node2.enterPod(nginx1),
+    nginx2: node1.enterPod(nginx2),
+  };
+  for (const node of [node1, node2]) {
+    await node.sh("ip link set cni0 promisc on");
+  }
+  for (
+    const [title, to] of [
+      ["alpine1 to nginx1, on one node", nginx1.address],
+      ["alpine1 to nginx2, across nodes", nginx2.address],
+      ["alpine1 to the internet", "203.0.113.8"],
+      ["alpine1 to the Service", SERVICE],
+    ]
+  ) {
+    const sightings = await capture(
+      places,
+      "tcp port 80",
+      () =>
+        run(
+          node2.enterPod(alpine1, "busybox", "wget", "-qO-", `http://${to}/`),
+        ),
+    );
+    const first = sightings.filter(({ flags }) => /^\[S\.?\]$/.test(flags));
+    expect(first.length > 3, `packets of ${title} were seen`);
+    say(`\n${title}\n\n${trace(first)}`);
+  }
+}
+
+/** A table of where a packet was seen, with a mark where it was rewritten. */
+function trace(sightings: Sighting[]): string {
+  let last = "";
+  return sightings.map(({ place, dev, way, source, destination, flags }) => {
+    const packet = `${source} > ${destination}`;
+    const isAnswer = flags.includes(".");
+    const mark =
+      last && last !== packet && !isAnswer === !last.includes("answer")
+        ? "  <- rewritten"
+        : "";
+    last = packet + (isAnswer ? "answer" : "");
+    return `  ${`${place} ${dev}`.padEnd(16)} ${
+      way === "Out" ? "out" : "in "
+    }` +
+      `  ${source.padEnd(20)} > ${destination}${mark}`;
+  }).join("\n");
+}
+
+/** The nodes with their addresses; the pods' are those that ADD will give. */
+function picture(): string {
+  return `\
+   node2 · 10.0.2.15                              node1 · 10.0.2.14
+  ┌──────────────────────────────────┐           ┌──────────────────┐
+  │  alpine1          nginx1         │           │  nginx2          │
+  │  10.240.0.2       10.240.0.3     │           │  10.240.1.2      │
+  │  eth0             eth0           │           │  eth0            │
+  │   │                │             │           │   │              │
+  │  veth2            veth3          │           │  veth2           │
+  │   └──── cni0 ──────┘             │           │   └─ cni0        │
+  │      10.240.0.1/24               │           │   10.240.1.1/24  │
+  │           enp0s3                 │           │      enp0s3      │
+  └──────────────┬───────────────────┘           └─────────┬────────┘
+                 └──────── router · 10.0.2.2 ──────────────┘
+                                  │
+                       internet · 203.0.113.8`;
+}
+
+/** What kube-proxy writes for a Service with one pod behind it, in short. */
+function kubeProxy(pod: string): string {
+  return `*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-NGINX2 - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-SERVICES -d ${SERVICE}/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-NGINX2
+-A KUBE-SVC-NGINX2 -s ${pod}/32 -j KUBE-MARK-MASQ
+-A KUBE-SVC-NGINX2 -p tcp -m tcp -j DNAT --to-destination ${pod}:80
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE
+COMMIT`;
+}
+
+function fromPod(pod: Pod & { node: Node }): { name: string; enter: string[] } {
+  return { name: pod.name, enter: pod.node.enterPod(pod) };
+}
+
+/** The end: every pod is deleted, and nothing of it is left. */
+async function end({ cluster, pods }: World): Promise<void> {
+  say(`\nThe pods end: the runtime calls DEL, then removes the namespace.`);
+  for (const pod of Object.values(pods)) {
+    const { code } = await pod.node.cni("DEL", pod);
+    expect(code === 0, `DEL of ${pod.name}`);
+    await pod.node.remove(pod).catch(() => {});
+  }
+  const { node2 } = cluster;
+  const left = await on(node2, "ip link show type veth; ls /var/run/netns");
+  expect(left.trim() === "", "nothing is left of the pods");
+}
+
+if (import.meta.main) {
+  const flags = parseArgs(Deno.args, {
+    boolean: ["keep", "quiet", "help"],
+    string: ["step"],
+    unknown: (flag) => {
+      console.error(`Unknown flag ${flag}\n\n${HELP}`);
+      Deno.exit(2);
+    },
+  });
+  if (flags.help) {
+    console.log(HELP);
+    Deno.exit(0);
+  }
+  quiet.is = flags.quiet;
+  const last = Number(flags.step ?? STEPS.length);
+  await using cluster = await Cluster.start();
+  const world: World = { cluster, pods: {} };
+  for (const [i, { title, run }] of STEPS.slice(0, last).entries()) {
+    const before = misbehaved;
+    const heading = `Step ${i + 1}. ${title}`;
+    say(`\n${heading}\n${"=".repeat(heading.length)}`);
+    await run(world);
+    if (quiet.is) {
+      console.log(`${misbehaved === before ? "ok  " : "BAD "} ${heading}`);
+    }
+  }
+  await end(world);
+  if (misbehaved) Deno.exitCode = 1;
+}
