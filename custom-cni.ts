@@ -21,7 +21,7 @@ import { CNIError, fail } from "./ipam.ts";
 
 const BRIDGE = "cni0";
 const LOG = "/var/log/cni.log";
-const NETNS_DIR = "/var/run/netns"; // where `ip netns` and `ip -n` look
+const NETNS_DIR = "/var/run/netns"; // where `ip netns` looks
 const CONF_DIR = "/etc/cni/net.d";
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]*$/;
@@ -89,26 +89,36 @@ async function add(call: Call): Promise<Answer> {
   const { containerID, netns, ifname, conf } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
+  await ensureDir(NETNS_DIR);
+  const host = new Ip("-json");
+  const pod = inPod(netns);
+  const [podLinks] = await pod.ask("link show").catch((error) => {
+    if (!/network namespace/.test(error.details)) throw error;
+    fail(4, `CNI_NETNS ${netns} is not a network namespace`, error.details);
+  });
+  if (podLinks.some((link) => link.ifname === ifname)) {
+    fail(100, `${ifname} exists already in ${netns}`, "DEL it first");
+  }
 
   // One ADD at a time on the node, until this one ends: no two take the same
   // number, and none removes a bridge that another one has just joined.
   using counter = await ipam.lockCounter();
-  const { bridge, used } = await lookAtNode(podCIDR);
+  const { bridge, used } = await lookAtNode(host, podCIDR);
 
   // The bridge, with a MAC of its own: else it has that of one of its ports,
   // and changes it when that pod ends, while others' ARP knows the old one.
   const bridgeMac = bridge?.address ?? macOf(gateway);
-  const host: Step[] = [];
+  const steps: Step[] = [];
   if (!bridge) {
     const line = `link add ${BRIDGE} address ${bridgeMac} type bridge`;
-    host.push([line, `link del ${BRIDGE}`]);
+    steps.push([line, `link del ${BRIDGE}`]);
   }
   if (!isUp(bridge)) {
-    host.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
+    steps.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
   }
   if (!hasAddress(bridge, gateway)) {
     const where = `${gateway}/${podCIDR.prefix} dev ${BRIDGE}`;
-    host.push([`addr add ${where}`, `addr del ${where}`]);
+    steps.push([`addr add ${where}`, `addr del ${where}`]);
   }
 
   // The number n: the pod's address ends in it, and its host end is vethN.
@@ -122,7 +132,7 @@ async function add(call: Call): Promise<Answer> {
   // in an ARP cache reaches the new pod too. Hairpin lets a pod reach itself
   // through its own Service.
   const peer = `peer name ${ifname} address ${macOf(podIP)} netns "${netns}"`;
-  host.push(
+  steps.push(
     [`link add ${veth} type veth ${peer}`, `link del ${veth}`],
     [`link set ${veth} alias ${call.alias}`],
     [`link set ${veth} up`],
@@ -130,26 +140,26 @@ async function add(call: Call): Promise<Answer> {
     [`link set ${veth} type bridge_slave hairpin on`],
     [`link show dev ${veth}`],
   );
-  const undo: string[] = [];
-  let isNamed = false;
+  let naming = Promise.resolve(false);
   try {
-    const [[hostEnd]] = await ip(["-json"], host, undo);
+    const [[hostEnd]] = await host.ask(...steps.map(([line]) => line));
     // The kernel tells the peer's namespace only if it is another one.
     if (hostEnd.link_netnsid === undefined) {
       fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
     }
 
-    // ln -sfT: from now on `ip netns exec CONTAINERID` works.
-    isNamed = await nameNetns(containerID, netns);
+    // ln -sfT: with it `ip netns exec CONTAINERID` works.
+    naming = nameNetns(containerID, netns);
 
-    // In the pod: up, address, default route; its MAC is read. The route is
-    // appended, so that the one of another network stays the first.
-    const [[podEnd]] = await ip(["-n", containerID, "-json"], [
-      [`link set dev ${ifname} up`],
-      [`addr add ${address} dev ${ifname}`],
-      [`route append default via ${gateway} dev ${ifname}`],
-      [`link show dev ${ifname}`],
-    ]);
+    // In the pod: up, address, default route, and its MAC is read. The route
+    // is appended, so that the one of another network stays the first.
+    const [[podEnd]] = await pod.ask(
+      `link set dev ${ifname} up`,
+      `addr add ${address} dev ${ifname}`,
+      `route append default via ${gateway} dev ${ifname}`,
+      `link show dev ${ifname}`,
+    );
+    await naming;
 
     // The result: the pod's interface is the first, as in the tutorial, but
     // for those that plugins before this one have answered.
@@ -174,14 +184,12 @@ async function add(call: Call): Promise<Answer> {
     };
     return [`${address} ${veth}`, result];
   } catch (error) {
-    if (isNamed) Deno.removeSync(join(NETNS_DIR, containerID));
-    await ip(["-force"], undo.map((line) => [line])).catch(() => {});
-    const { message, details } = error as CNIError;
-    if (/"netns" value|Invalid argument/.test(details)) {
-      fail(4, `CNI_NETNS ${netns} is not a network namespace`, details);
-    }
-    if (/ veth.*File exists/.test(`${message} ${details}`)) {
-      fail(100, `${ifname} exists already in ${netns}`, "DEL it first");
+    const undo = steps.slice(0, host.done).flatMap(([, line]) => line ?? []);
+    try {
+      if (await naming) Deno.removeSync(join(NETNS_DIR, containerID));
+      await new Ip("-force", "-json").ask(...undo.reverse(), "link show");
+    } catch {
+      // What is left carries the alias: DEL finds it.
     }
     throw error;
   }
@@ -189,13 +197,12 @@ async function add(call: Call): Promise<Answer> {
 
 /** DEL: takes the attachment away, as often as asked, whatever is left of it. */
 async function del({ containerID, netns, alias }: Call): Promise<Answer> {
-  const [links] = await ip(["-json", "link", "show"]);
+  const host = new Ip("-force", "-json");
+  const [links] = await host.ask("link show");
   const ours = links.filter((link) => link.ifalias === alias);
   // With its host end go the pod's end, its address and its route.
-  await removeLinks(ours);
-  if (netns !== join(NETNS_DIR, containerID)) {
-    unnameNetns(containerID, links.filter((link) => !ours.includes(link)));
-  }
+  const left = await removeLinks(host, ours);
+  if (netns !== join(NETNS_DIR, containerID)) unnameNetns(containerID, left);
   return [ours.map((link) => link.ifname).join(" ") || "nothing left"];
 }
 
@@ -210,13 +217,15 @@ async function check(call: Call): Promise<Answer> {
   const expect = (isThere: unknown, what: string) =>
     isThere || missing.push(what);
 
-  const [links] = await ip(["-json", "link", "show"]);
+  const host = new Ip("-json");
+  const [links] = await host.ask("link show");
   const veth = links.find((link) => link.ifalias === call.alias);
   expect(isUp(veth), `veth with alias ${call.alias} that is up`);
   expect(veth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
-  const { bridge } = await lookAtNode(podCIDR);
+  const { bridge } = await lookAtNode(host, podCIDR);
   expect(isUp(bridge), `${BRIDGE} that is up`);
   expect(hasAddress(bridge, gateway), `${BRIDGE} with ${gateway}`);
+  expect(isNamed(containerID, netns), `name ${containerID} for ${netns}`);
 
   const index = interfaces.findIndex(({ name, sandbox }) =>
     name === ifname && sandbox === netns
@@ -224,10 +233,10 @@ async function check(call: Call): Promise<Answer> {
   const ours = ips.filter((ip) => ip.interface === index);
   expect(ours.length, `address for ${ifname} in prevResult`);
   try {
-    const [[pod], route] = await ip(["-n", containerID, "-json"], [
-      [`addr show dev ${ifname}`],
-      [`route show default via ${gateway} dev ${ifname}`],
-    ]);
+    const [[pod], route] = await inPod(netns).ask(
+      `addr show dev ${ifname}`,
+      `route show default via ${gateway} dev ${ifname}`,
+    );
     expect(isUp(pod), `${ifname} that is up`);
     for (const { address } of ours) {
       expect(hasAddress(pod, address), `${ifname} with ${address}`);
@@ -254,16 +263,16 @@ async function gc({ conf }: Call): Promise<Answer> {
   if (!valid) return ["no cni.dev/valid-attachments: removed nothing"];
   const network = `${conf.name}/`;
   const keep = valid.map((pod) => `${network}${pod.containerID}/${pod.ifname}`);
-  const [links] = await ip(["-json", "link", "show"]);
+  const host = new Ip("-force", "-json");
+  const [links] = await host.ask("link show");
   const stale = links.filter(({ ifalias = "" }) =>
     ifalias.startsWith(network) && !keep.includes(ifalias)
   );
-  await removeLinks(stale);
-  const rest = links.filter((link) => !stale.includes(link));
-  for (const { ifalias } of stale) unnameNetns(ifalias!.split("/")[1], rest);
+  const left = await removeLinks(host, stale);
+  for (const { ifalias } of stale) unnameNetns(ifalias!.split("/")[1], left);
   // A namespace that went without a DEL took its veth along, not its name.
   for (const name of namesIn(NETNS_DIR)) {
-    if (!existsSync(join(NETNS_DIR, name))) unnameNetns(name, rest);
+    if (!existsSync(join(NETNS_DIR, name))) unnameNetns(name, left);
   }
   return [stale.map((link) => link.ifname).join(" ") || "nothing stale"];
 }
@@ -273,7 +282,7 @@ async function status({ conf }: Call): Promise<Answer> {
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   try {
     ipam.checkCounter();
-    const { used } = await lookAtNode(podCIDR);
+    const { used } = await lookAtNode(new Ip("-json"), podCIDR);
     if (used.size >= podCIDR.room) {
       fail(11, `No free address in ${podCIDR.text}`);
     }
@@ -281,7 +290,7 @@ async function status({ conf }: Call): Promise<Answer> {
     const { message, details } = error as CNIError;
     fail(50, `No pod can be added: ${message}`, details);
   }
-  return ["ready"];
+  return [""]; // runtimes ask every few seconds: not a line each in the log
 }
 
 /** Run by hand: looks at the node, and says what mends each trouble. */
@@ -314,7 +323,7 @@ async function doctor(): Promise<void> {
     return `${CONF_DIR}/${file}: podcidr ${podCIDR.text}`;
   });
   await look(async () => {
-    const { bridge, used } = await lookAtNode(podCIDR);
+    const { bridge, used } = await lookAtNode(new Ip("-json"), podCIDR);
     const gateway = ipam.address(podCIDR, 1);
     const has = hasAddress(bridge, gateway) ? "has" : "will get";
     const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
@@ -322,21 +331,19 @@ async function doctor(): Promise<void> {
     return `${BRIDGE} ${has} ${gateway}; ${counts}`;
   });
   await look(async () => {
-    const { stdout } = await run("ip", ["netconf", "show"]);
-    if (stdout.includes("inet all forwarding on")) return "ip_forward is on";
+    const netconf = await run("ip", "netconf", "show");
+    if (netconf.includes("inet all forwarding on")) return "ip_forward is on";
     const mend = "sysctl -w net.ipv4.ip_forward=1";
     return fail(100, "ip_forward is off: pods reach no other network", mend);
   });
   await look(async () => {
-    const args = ["-w", "-S", "FORWARD"];
-    const { success, stdout, stderr } = await run("iptables", args);
-    if (!success) fail(100, stderr, "apt-get install iptables");
+    const now = await run("iptables", "-w", "5", "-S", "FORWARD");
     const rules = ["-s", "-d"].map((way) =>
       `-A FORWARD ${way} ${podCIDR.text} -j ACCEPT`
     );
-    const mend = rules.filter((rule) => !stdout.includes(rule))
+    const mend = rules.filter((rule) => !now.includes(rule))
       .map((rule) => `iptables ${rule}`).join(" && ");
-    if (mend && stdout.includes("-P FORWARD DROP")) {
+    if (mend && now.includes("-P FORWARD DROP")) {
       fail(100, "FORWARD drops the pods' packets", mend);
     }
     return "FORWARD lets the pods' packets pass";
@@ -352,18 +359,22 @@ async function main(): Promise<number> {
   }
   const who = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"]
     .flatMap((name) => Deno.env.get(name) || []).join(" ");
-  const stdin = await readConf().catch((error: CNIError) => error);
-  const conf = stdin instanceof CNIError ? {} : stdin;
+  let conf: Conf | CNIError;
   try {
-    const [note, result] = await answer(command, stdin);
+    conf = readConf();
+  } catch (error) {
+    conf = error as CNIError; // for a verb that needs it
+  }
+  try {
+    const [note, result] = await answer(command, conf);
     if (result) console.log(JSON.stringify(result, null, 2));
-    log(`${who} ${note}`);
+    if (note) log(`${who} ${note}`);
     return 0;
   } catch (error) {
     // What is no CNIError is a fault of this program, and is answered too.
     const { code = 999, message: msg, details = "" } = error as CNIError;
-    const isKnown = VERSIONS.includes(conf.cniVersion ?? "");
-    const cniVersion = isKnown ? conf.cniVersion : VERSIONS.at(-1);
+    const asked = (conf as Conf).cniVersion ?? "";
+    const cniVersion = VERSIONS.includes(asked) ? asked : VERSIONS.at(-1);
     console.log(JSON.stringify({ cniVersion, code, msg, details }, null, 2));
     log(`${who} error ${code}: ${msg}; ${details}`);
     return 1;
@@ -403,10 +414,16 @@ async function answer(
 }
 
 /** Reads the network configuration from stdin, and checks its types. */
-async function readConf(): Promise<Conf> {
+function readConf(): Conf {
+  const decoder = new TextDecoder("utf-8", { fatal: true });
+  const chunk = new Uint8Array(65536);
+  let text = "";
   let conf;
   try {
-    const text = await new Response(Deno.stdin.readable).text();
+    // A stream would read it as well, two milliseconds later.
+    for (let n; (n = Deno.stdin.readSync(chunk)) !== null;) {
+      text += decoder.decode(chunk.subarray(0, n), { stream: true });
+    }
     // Go's JSON takes null for absent, and runtimes are written in Go.
     conf = JSON.parse(text, (_, value) => value ?? undefined);
   } catch (error) {
@@ -447,69 +464,104 @@ function readVariables(needs: string[]): string[] {
 }
 
 /**
- * Runs `ip` once, with the steps as its batch, and returns what each listing
- * showed. What takes back the steps that were done goes in front of `undo`.
+ * One `ip -batch` to talk to: it does lines as they come, and answers a `show`
+ * with a line of JSON. So an ADD needs two of them, for the host and the pod.
  */
-async function ip(
-  args: string[],
-  steps: Step[] = [],
-  undo: string[] = [],
-): Promise<Link[][]> {
-  const lines = steps.map(([line]) => line);
-  const all = lines.length ? [...args, "-batch", "-"] : args;
-  const { success, stdout, stderr } = await run("ip", all, lines.join("\n"));
-  // Without a line number nobody knows how far it came: take all back.
-  const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? lines.length + 1);
-  const done = steps.slice(0, failed - 1);
-  undo.unshift(...done.flatMap(([, back]) => back ?? []).reverse());
-  if (!success) fail(100, `ip ${lines[failed - 1] ?? all.join(" ")}`, stderr);
-  return stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line));
+class Ip {
+  /** How many lines of the last question were done, as far as is known. */
+  done = 0;
+  #before = 0;
+  #text = "";
+  #child: Deno.ChildProcess;
+  #stdin: WritableStreamDefaultWriter<Uint8Array>;
+  #stdout: ReadableStreamDefaultReader<Uint8Array>;
+
+  constructor(...args: string[]) {
+    this.#child = spawn("ip", ...args, "-batch", "-");
+    this.#stdin = this.#child.stdin.getWriter();
+    this.#stdout = this.#child.stdout.getReader();
+  }
+
+  /**
+   * Sends lines, of which the last is a `show`: its answer tells that all are
+   * done. Without -force `ip` ends at the first line that fails.
+   *
+   * @throws {CNIError} 100 with that line; or if there is no answer within ten
+   * seconds, since a kubelet waits for ours.
+   */
+  async ask(...lines: string[]): Promise<Link[][]> {
+    this.done = lines.length;
+    const bytes = new TextEncoder().encode(lines.join("\n") + "\n");
+    // If it has ended, the missing answer tells.
+    this.#stdin.write(bytes).catch(() => {});
+    const late = new Promise<undefined>((end) =>
+      setTimeout(end, 10_000, undefined)
+    );
+    const answers: Link[][] = [];
+    for (const _ of lines.filter((line) => /^\w+ show/.test(line))) {
+      const answer = await Promise.race([this.#readLine(), late]);
+      if (answer) answers.push(JSON.parse(answer));
+      else {
+        const rest = new Response(this.#child.stderr).text();
+        const stderr = await Promise.race([rest, late]);
+        const failed = /failed -:(\d+)/.exec(stderr ?? "")?.[1];
+        if (failed) this.done = Number(failed) - 1 - this.#before;
+        const line = lines[this.done] ?? lines[0];
+        fail(100, `ip ${line}`, stderr?.trim() ?? "no answer in 10 seconds");
+      }
+    }
+    this.#before += lines.length;
+    return answers;
+  }
+
+  async #readLine(): Promise<string | undefined> {
+    const decoder = new TextDecoder();
+    while (!this.#text.includes("\n")) {
+      const { value, done } = await this.#stdout.read();
+      if (done) return undefined;
+      this.#text += decoder.decode(value, { stream: true });
+    }
+    const [line, ...rest] = this.#text.split("\n");
+    this.#text = rest.join("\n");
+    return line;
+  }
 }
 
-/** Runs a program, for ten seconds at most: the kubelet waits for an answer. */
-async function run(program: string, args: string[], input = "") {
-  const failed = (stderr: string) => ({ success: false, stdout: "", stderr });
-  let child: Deno.ChildProcess;
-  try {
-    child = new Deno.Command(program, {
-      args,
-      stdin: input ? "piped" : "null",
-      stdout: "piped",
-      stderr: "piped",
-    }).spawn();
-  } catch {
-    return failed(`${program} is not on the PATH`);
-  }
-  if (input) {
-    // If it ends without reading, its exit status says more.
-    const writer = child.stdin.getWriter();
-    const sent = writer.write(new TextEncoder().encode(input));
-    sent.then(() => writer.close()).catch(() => {});
-  }
-  const output = await Promise.race([
-    child.output(),
-    new Promise<null>((resolve) => setTimeout(resolve, 10_000, null)),
-  ]);
-  if (!output) {
-    child.kill("SIGKILL");
-    return failed(`${program} did not end within 10 seconds`);
-  }
-  const [stdout, stderr] = [output.stdout, output.stderr].map((bytes) =>
-    new TextDecoder().decode(bytes).trim()
+/** Runs a program to its end, and returns what it wrote. */
+async function run(program: string, ...args: string[]): Promise<string> {
+  const { success, stdout, stderr } = await spawn(program, ...args).output();
+  const [out, err] = [stdout, stderr].map((bytes) =>
+    new TextDecoder().decode(bytes)
   );
-  return { success: output.success, stdout, stderr };
+  return success ? out : fail(100, `${program} ${args.join(" ")}`, err.trim());
 }
 
-/** Deletes links; that one went by itself meanwhile is no failure. */
-async function removeLinks(links: Link[]): Promise<void> {
-  const lines: Step[] = links.map(({ ifname }) => [`link del ${ifname}`]);
-  if (lines.length) {
-    await ip(["-force"], lines).catch(async (error) => {
-      const [left] = await ip(["-json", "link", "show"]);
-      const aliases = links.map((link) => link.ifalias);
-      if (left.some((link) => aliases.includes(link.ifalias))) throw error;
-    });
+/** Starts a program, or says how to get it. */
+function spawn(program: string, ...args: string[]): Deno.ChildProcess {
+  const [stdin, stdout, stderr] = ["piped", "piped", "piped"] as const;
+  try {
+    return new Deno.Command(program, { args, stdin, stdout, stderr }).spawn();
+  } catch {
+    const mend = "apt-get install iproute2 iptables coreutils";
+    return fail(100, `${program} is not on the PATH`, mend);
   }
+}
+
+/** `ip` inside a namespace. */
+function inPod(netns: string): Ip {
+  // -n looks below /var/run/netns; from there a path may go up to any other.
+  return new Ip("-n", `../../..${netns}`, "-json");
+}
+
+/** Deletes links and returns what is left; one may go by itself meanwhile. */
+async function removeLinks(host: Ip, links: Link[]): Promise<Link[]> {
+  const lines = links.map(({ ifname }) => `link del ${ifname}`);
+  const [left] = await host.ask(...lines, "link show");
+  const stuck = left.find(({ ifalias }) =>
+    links.some((link) => link.ifalias === ifalias)
+  );
+  if (stuck) fail(100, `ip link del ${stuck.ifname}`, "it is still there");
+  return left;
 }
 
 /**
@@ -517,8 +569,8 @@ async function removeLinks(links: Link[]): Promise<void> {
  *
  * @throws {CNIError} 7 if the node reaches addresses of the range another way.
  */
-async function lookAtNode(podCIDR: ipam.PodCIDR) {
-  const [links] = await ip(["-json", "addr", "show"]);
+async function lookAtNode(host: Ip, podCIDR: ipam.PodCIDR) {
+  const [links] = await host.ask("addr show");
   const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
   for (const { ifname, addr_info = [] } of links) {
     for (const { family, local, prefixlen } of addr_info) {
@@ -542,12 +594,14 @@ async function lookAtNode(podCIDR: ipam.PodCIDR) {
  * By a process, since Deno.symlink asks for the right to write everywhere.
  */
 async function nameNetns(containerID: string, netns: string): Promise<boolean> {
-  const name = join(NETNS_DIR, containerID);
-  if (netns === name || linkTarget(name) === netns) return false;
-  await ensureDir(NETNS_DIR);
-  const { success, stderr } = await run("ln", ["-sfT", netns, name]);
-  if (!success) fail(5, `ln -sfT ${netns} ${name}`, stderr);
+  if (isNamed(containerID, netns)) return false;
+  await run("ln", "-sfT", netns, join(NETNS_DIR, containerID));
   return true;
+}
+
+function isNamed(containerID: string, netns: string): boolean {
+  const name = join(NETNS_DIR, containerID);
+  return netns === name || netns === linkTarget(name);
 }
 
 /** Takes the name away with the container's last interface, if it is a link. */

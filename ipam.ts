@@ -116,29 +116,24 @@ export function checkCounter(): boolean {
  * @throws {CNIError} 5 if the file can't be used, 11 after `wait`.
  */
 export async function lockCounter(wait = 30_000): Promise<Deno.FsFile> {
-  const error = new CNIError(11, `${COUNTER} is locked by another process`);
-  const tooLate = new Promise<never>((_, reject) => {
-    setTimeout(reject, wait, error);
-  });
-  for (let tries = 0; tries < 10; tries++) {
-    const options = { read: true, write: true, mode: 0o600 };
+  for (const end = Date.now() + wait; Date.now() < end;) {
+    const createNew = !checkCounter();
+    const options = { read: true, write: true, createNew, mode: 0o600 };
     try {
-      const createNew = !checkCounter();
-      const counter = Deno.openSync(COUNTER, { ...options, createNew });
-      await Promise.race([counter.lock(true), tooLate]);
-      // Cleaned away while we waited? Then the others lock a new file.
-      if (counter.statSync().ino === Deno.lstatSync(COUNTER).ino) {
-        return counter;
-      }
+      const counter = Deno.openSync(COUNTER, options);
+      // Cleaned away in between? Then the others lock a new file.
+      const isIt = () => counter.statSync().ino === Deno.lstatSync(COUNTER).ino;
+      if (counter.tryLockSync(true) && isIt()) return counter;
       counter.close();
     } catch (error) {
-      if (error instanceof CNIError) throw error;
-      const { AlreadyExists, NotFound } = Deno.errors; // somebody was faster
-      if (error instanceof AlreadyExists || error instanceof NotFound) continue;
-      fail(5, `Cannot open ${COUNTER}`, `${error}`);
+      const { AlreadyExists, NotFound } = Deno.errors;
+      const isRace = error instanceof AlreadyExists ||
+        error instanceof NotFound;
+      if (!isRace) fail(5, `Cannot open ${COUNTER}`, `${error}`);
     }
+    await new Promise((resume) => setTimeout(resume, 10));
   }
-  return fail(11, `${COUNTER} is replaced again and again`);
+  return fail(11, `${COUNTER} is locked by another process`);
 }
 
 /**

@@ -263,7 +263,7 @@ export class Node implements AsyncDisposable {
         ip $n -o link; ip $n -o -4 addr; ip $n -4 route show table all
       done | sed -E 's/NO-CARRIER,|,M-DOWN|,LOWER_UP| linkdown//g
         s/ state [A-Z]+| link-netns(id)? [^ ]+//g'
-      find /etc/cni /opt /run /tmp /var/log ! -name cni.log -printf \
+      find /etc/cni /opt /run /tmp /var/log -xdev ! -name cni.log -printf \
         '%p %M %u %l\\n' | sort`);
   }
 }
