@@ -56,7 +56,12 @@ interface Conf {
   podcidr?: unknown;
   dns?: object;
   prevResult?: Result;
-  "cni.dev/valid-attachments"?: { containerID: string; ifname: string }[];
+  "cni.dev/valid-attachments"?: Attachment[];
+}
+
+interface Attachment {
+  containerID: string;
+  ifname: string;
 }
 
 /** What ADD answers (CNI spec, section 5, "ADD Success"). */
@@ -98,6 +103,10 @@ async function add(call: Call): Promise<Answer> {
   });
   if (podLinks.some((link) => link.ifname === ifname)) {
     fail(100, `${ifname} exists already in ${netns}`, "DEL it first");
+  }
+  const name = join(NETNS_DIR, containerID);
+  if (netns !== name && existsSync(name) && !linkTarget(name)) {
+    fail(4, `CNI_CONTAINERID ${containerID} is another namespace's name`, name);
   }
 
   // One ADD at a time on the node, until this one ends: no two take the same
@@ -148,18 +157,17 @@ async function add(call: Call): Promise<Answer> {
       fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
     }
 
-    // ln -sfT: with it `ip netns exec CONTAINERID` works.
-    naming = nameNetns(containerID, netns);
-
-    // In the pod: up, address, default route, and its MAC is read. The route
+    // A name for the namespace, so that `ip netns exec CONTAINERID` works. And
+    // in the pod: up, address, default route, and its MAC is read. The route
     // is appended, so that the one of another network stays the first.
-    const [[podEnd]] = await pod.ask(
+    naming = nameNetns(containerID, netns);
+    const inside = pod.ask(
       `link set dev ${ifname} up`,
       `addr add ${address} dev ${ifname}`,
       `route append default via ${gateway} dev ${ifname}`,
       `link show dev ${ifname}`,
     );
-    await naming;
+    const [[[podEnd]]] = await Promise.all([inside, naming]);
 
     // The result: the pod's interface is the first, as in the tutorial, but
     // for those that plugins before this one have answered.
@@ -186,7 +194,7 @@ async function add(call: Call): Promise<Answer> {
   } catch (error) {
     const undo = steps.slice(0, host.done).flatMap(([, line]) => line ?? []);
     try {
-      if (await naming) Deno.removeSync(join(NETNS_DIR, containerID));
+      if (await naming.catch(() => false)) Deno.removeSync(name);
       await new Ip("-force", "-json").ask(...undo.reverse(), "link show");
     } catch {
       // What is left carries the alias: DEL finds it.
@@ -261,6 +269,9 @@ async function gc({ conf }: Call): Promise<Answer> {
   const valid = conf["cni.dev/valid-attachments"];
   // No list is not an empty list: better a leftover than a pod without network.
   if (!valid) return ["no cni.dev/valid-attachments: removed nothing"];
+  const isWhole = (pod: Attachment) =>
+    [pod.containerID, pod.ifname].every((key) => typeof key === "string");
+  if (!valid.every(isWhole)) fail(7, "cni.dev/valid-attachments lacks a key");
   const network = `${conf.name}/`;
   const keep = valid.map((pod) => `${network}${pod.containerID}/${pod.ifname}`);
   const host = new Ip("-force", "-json");
