@@ -515,6 +515,7 @@ class Ip {
       else {
         const rest = new Response(this.#child.stderr).text();
         const stderr = await Promise.race([rest, late]);
+        if (stderr === undefined) this.#child.kill("SIGKILL");
         const failed = /failed -:(\d+)/.exec(stderr ?? "")?.[1];
         if (failed) this.done = Number(failed) - 1 - this.#before;
         const line = lines[this.done] ?? lines[0];
