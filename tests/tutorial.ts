@@ -95,7 +95,7 @@ const STEPS: { title: string; run: (world: World) => Promise<void> }[] = [
 
 /** Step 1: what the kubelet's runtime and the plugin do for a pod. */
 async function pods(world: World): Promise<void> {
-  const { node1, node2 } = world.cluster;
+  const { node2 } = world.cluster;
   say(`
 Two nodes stand on one network, each with the plugin and a conf of its own, the
 way a kubelet finds them. A router leads to the internet. FORWARD drops, since
@@ -129,7 +129,7 @@ conf to the plugin's stdin, and reads the result.`);
   say(`
 On the node: a bridge with the gateway's address, and the host end of each pod's
 veth pair. Its alias tells whose it is.`);
-  await on(node2, "ip -4 -br addr; ip link show type veth");
+  await on(node2, "ip -4 -br addr; ip link show master cni0");
   say(`
 In the pod: the other end, by the name that the runtime asked for. The plugin
 named the namespace after the container, so \`ip netns exec\` finds it.`);
@@ -143,7 +143,6 @@ run by hand the plugin looks at its node. It finds two troubles, the next steps
 are about them.`);
   await on(node2, "cat /tmp/last_allocated_ip /var/log/cni.log");
   await on(node2, "/opt/cni/bin/custom-cni");
-  void node1;
 }
 
 /** Step 2: why a bridge alone is not enough. */
@@ -237,7 +236,8 @@ async function packets({ cluster, pods }: World): Promise<void> {
   const { node1, node2, router } = cluster;
   say(`
 tcpdump looked at every interface while the first packet of a request went there
-and the answer to it came back. Where an address changes, it is marked.`);
+and the answer to it came back. Where an address changes, it is marked. What cni0
+only bridges it sees as well, since tcpdump asked it for a copy.`);
   const places: Record<string, string[]> = {
     alpine1: node2.enterPod(alpine1),
     node2: node2.enter(),
@@ -265,28 +265,36 @@ and the answer to it came back. Where an address changes, it is marked.`);
           node2.enterPod(alpine1, "busybox", "wget", "-qO-", `http://${to}/`),
         ),
     );
-    const first = sightings.filter(({ flags }) => /^\[S\.?\]$/.test(flags));
-    expect(first.length > 3, `packets of ${title} were seen`);
-    say(`\n${title}\n\n${trace(first)}`);
+    // The first packet of a connection, and the answer to it.
+    const there = sightings.filter(({ flags }) => flags === "[S]");
+    const back = sightings.filter(({ flags }) => flags === "[S.]");
+    say(`\n${title}\n\n${path(there)}\n`);
+    for (const way of [there, back]) say(`${trace(way)}\n`);
+    expect(there.length > 2, `tcpdump sees ${title}`);
+    expect(back.at(-1)?.place === "alpine1", `an answer to ${title}`);
   }
 }
 
-/** A table of where a packet was seen, with a mark where it was rewritten. */
+/** The interfaces on the way, in one line. */
+function path(sightings: Sighting[]): string {
+  const stops = sightings.map(({ place, dev }, i) => {
+    if (place === "router") return place;
+    return place === sightings[i - 1]?.place ? dev : `${place} ${dev}`;
+  });
+  return "  " + stops.filter((stop, i) => stop !== stops[i - 1]).join(" > ");
+}
+
+/** Where a packet was seen, with a mark where an address is another. */
 function trace(sightings: Sighting[]): string {
-  let last = "";
-  return sightings.map(({ place, dev, way, source, destination, flags }) => {
-    const packet = `${source} > ${destination}`;
-    const isAnswer = flags.includes(".");
-    const mark =
-      last && last !== packet && !isAnswer === !last.includes("answer")
-        ? "  <- rewritten"
-        : "";
-    last = packet + (isAnswer ? "answer" : "");
+  return sightings.map(({ place, dev, way, source, destination }, i) => {
+    const last = sightings[i - 1] ?? { source, destination };
+    const isSame = last.source === source && last.destination === destination;
     return `  ${`${place} ${dev}`.padEnd(16)} ${
       way === "Out" ? "out" : "in "
     }` +
-      `  ${source.padEnd(20)} > ${destination}${mark}`;
-  }).join("\n");
+      `  ${source.padEnd(18)} > ${destination.padEnd(18)}` +
+      (isSame ? "" : " <- rewritten");
+  }).join("\n").replaceAll(/ +$/gm, "");
 }
 
 /** The nodes with their addresses; the pods' are those that ADD will give. */
@@ -330,17 +338,37 @@ function fromPod(pod: Pod & { node: Node }): { name: string; enter: string[] } {
   return { name: pod.name, enter: pod.node.enterPod(pod) };
 }
 
-/** The end: every pod is deleted, and nothing of it is left. */
+/** The end: what was set up is taken back, and nothing is left. */
 async function end({ cluster, pods }: World): Promise<void> {
-  say(`\nThe pods end: the runtime calls DEL, then removes the namespace.`);
+  const { node1, node2 } = cluster;
+  say("\nThe pods end: the runtime calls DEL, then removes the namespace.");
   for (const pod of Object.values(pods)) {
     const { code } = await pod.node.cni("DEL", pod);
     expect(code === 0, `DEL of ${pod.name}`);
-    await pod.node.remove(pod).catch(() => {});
+    await pod.node.remove(pod);
   }
-  const { node2 } = cluster;
-  const left = await on(node2, "ip link show type veth; ls /var/run/netns");
+  const left = await on(node2, "ip link show master cni0; ls /var/run/netns");
   expect(left.trim() === "", "nothing is left of the pods");
+  await setup(node2, "--peer 10.0.2.14 --delete");
+  await setup(node1, "--peer 10.0.2.15 --delete");
+  const rules = await on(node2, "iptables -S FORWARD; ip route");
+  expect(!rules.includes("10.240.1.0"), "nothing is left of node-setup.ts");
+}
+
+/** Leaves the nodes standing until Ctrl-C, and tells how to get in. */
+async function keep({ cluster, pods }: World): Promise<void> {
+  console.log("\nThe nodes stay. From another terminal, as root:\n");
+  for (const node of [cluster.node1, cluster.node2, cluster.router]) {
+    console.log(`  ${node.name.padEnd(8)} ${node.enter("bash").join(" ")}`);
+  }
+  for (const { name, node, containerID } of Object.values(pods)) {
+    const inside = `ip netns exec ${containerID} bash`;
+    console.log(`  ${name.padEnd(8)} on ${node.name}: ${inside}`);
+  }
+  console.log("\nCtrl-C here takes all of it down.");
+  await new Promise<void>((resolve) =>
+    Deno.addSignalListener("SIGINT", () => resolve())
+  );
 }
 
 if (import.meta.main) {
@@ -358,6 +386,10 @@ if (import.meta.main) {
   }
   quiet.is = flags.quiet;
   const last = Number(flags.step ?? STEPS.length);
+  if (!STEPS[last - 1]) {
+    console.error(`There is no step ${flags.step}\n\n${HELP}`);
+    Deno.exit(2);
+  }
   await using cluster = await Cluster.start();
   const world: World = { cluster, pods: {} };
   for (const [i, { title, run }] of STEPS.slice(0, last).entries()) {
@@ -369,6 +401,6 @@ if (import.meta.main) {
       console.log(`${misbehaved === before ? "ok  " : "BAD "} ${heading}`);
     }
   }
-  await end(world);
-  if (misbehaved) Deno.exitCode = 1;
+  await (flags.keep ? keep(world) : end(world));
+  Deno.exitCode = misbehaved ? 1 : 0;
 }
