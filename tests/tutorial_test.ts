@@ -43,7 +43,7 @@ Deno.test("Ctrl-C and a kill leave nothing of the tutorial", async () => {
     const child = new Deno.Command(program, { args, stdout: "piped" }).spawn();
     const reader = child.stdout.getReader();
     let said = "";
-    while (!said.includes("The nodes stay")) {
+    while (!said.includes("Ctrl-C here")) {
       const { value, done } = await reader.read();
       assert(!done, said);
       said += new TextDecoder().decode(value);
