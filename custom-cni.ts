@@ -78,6 +78,8 @@ type Answer = [note: string, result?: object];
 /** What `ip -json` shows of a link. */
 interface Link {
   ifname: string;
+  ifindex: number;
+  link_index?: number;
   address: string;
   flags: string[];
   ifalias?: string;
@@ -204,10 +206,20 @@ async function add(call: Call): Promise<Answer> {
 }
 
 /** DEL: takes the attachment away, as often as asked, whatever is left of it. */
-async function del({ containerID, netns, alias }: Call): Promise<Answer> {
+async function del(call: Call): Promise<Answer> {
+  const { containerID, netns, ifname, alias } = call;
   const host = new Ip("-force", "-json");
   const [links] = await host.ask("link show");
-  const ours = links.filter((link) => link.ifalias === alias);
+  let ours = links.filter((link) => link.ifalias === alias);
+  if (!ours.length && netns.startsWith("/")) {
+    // Was an ADD killed before it wrote the alias? The ends know each other.
+    const [inside] = await inPod(netns).ask("link show").catch(() => [[]]);
+    const end = inside.find((link) => link.ifname === ifname);
+    ours = links.filter((link) =>
+      !link.ifalias && /^veth\d+$/.test(link.ifname) &&
+      link.ifindex === end?.link_index && link.link_index === end.ifindex
+    );
+  }
   // With its host end go the pod's end, its address and its route.
   const left = await removeLinks(host, ours);
   if (netns !== join(NETNS_DIR, containerID)) unnameNetns(containerID, left);
@@ -569,8 +581,8 @@ function inPod(netns: string): Ip {
 async function removeLinks(host: Ip, links: Link[]): Promise<Link[]> {
   const lines = links.map(({ ifname }) => `link del ${ifname}`);
   const [left] = await host.ask(...lines, "link show");
-  const stuck = left.find(({ ifalias }) =>
-    links.some((link) => link.ifalias === ifalias)
+  const stuck = left.find(({ ifindex }) =>
+    links.some((link) => link.ifindex === ifindex)
   );
   if (stuck) fail(100, `ip link del ${stuck.ifname}`, "it is still there");
   return left;

@@ -31,19 +31,28 @@ const PERMISSIONS = {
 const INPUTS = ["custom-cni.ts", "ipam.ts", "deno.json", "tests/build.ts"];
 const OUTPUT = "dist/custom-cni";
 
-Deno.chdir(`${import.meta.dirname}/..`);
-Deno.mkdirSync("dist", { recursive: true });
-// A second build waits here and then finds the work done. The kernel ends the
-// lock with the process, whatever ends that.
-const folder = Deno.openSync("dist");
-folder.lockSync(true);
-if (isFresh()) console.log(`${OUTPUT} is up to date`);
-else await build();
+if (import.meta.main) {
+  Deno.chdir(`${import.meta.dirname}/..`);
+  Deno.mkdirSync("dist", { recursive: true });
+  // A second build waits here and then finds the work done. The kernel ends
+  // the lock with the process, whatever ends that.
+  const folder = Deno.openSync("dist");
+  folder.lockSync(true);
+  if (isFresh()) console.log(`${OUTPUT} is up to date`);
+  else await build();
+}
 
 function isFresh(): boolean {
   const changed = (path: string) => Deno.statSync(path).mtime!;
   return exists(OUTPUT) &&
     INPUTS.every((input) => changed(input) < changed(OUTPUT));
+}
+
+/** What makes Deno keep to the permissions. */
+export function permissionFlags(): string[] {
+  return Object.entries(PERMISSIONS).map(([name, values]) =>
+    `--allow-${name}=${values}`
+  );
 }
 
 async function build(): Promise<void> {
@@ -61,9 +70,7 @@ async function build(): Promise<void> {
   options.push("--no-check");
   // The cache would lie in /tmp, and the binary would trust anybody's.
   options.push("--no-code-cache");
-  for (const [name, values] of Object.entries(PERMISSIONS)) {
-    options.push(`--allow-${name}=${values}`);
-  }
+  options.push(...permissionFlags());
 
   // A runtime may start the plugin at any moment, so it appears by a rename.
   const draft = "dist/draft/custom-cni";

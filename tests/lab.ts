@@ -30,6 +30,8 @@ export interface CallOptions {
   /** Variables to set, or to leave out with undefined. */
   env?: Record<string, string | undefined>;
   plugin?: string;
+  /** When to end it with SIGKILL, in milliseconds. */
+  killAfter?: number;
 }
 
 /** What a plugin answered. */
@@ -48,7 +50,11 @@ export interface Pod {
 /** Runs a command for at most a minute. */
 export async function run(
   command: string[],
-  options: { stdin?: string; env?: Record<string, string> } = {},
+  options: {
+    stdin?: string;
+    env?: Record<string, string>;
+    killAfter?: number;
+  } = {},
 ): Promise<Output> {
   const [program, ...args] = command;
   const child = new Deno.Command(program, {
@@ -59,11 +65,16 @@ export async function run(
     stderr: "piped",
     signal: AbortSignal.timeout(60_000),
   }).spawn();
+  const { killAfter } = options;
+  const kill = killAfter === undefined
+    ? 0
+    : setTimeout(() => child.kill("SIGKILL"), killAfter);
   const writer = child.stdin.getWriter();
   await writer.write(new TextEncoder().encode(options.stdin ?? ""))
     .then(() => writer.close())
     .catch(() => {}); // it did not want to read
   const { code, stdout, stderr } = await child.output();
+  clearTimeout(kill);
   const decoder = new TextDecoder();
   return {
     code,
@@ -210,6 +221,7 @@ export class Node implements AsyncDisposable {
     const plugin = call.plugin ?? "/opt/cni/bin/custom-cni";
     const output = await run(this.enter("env", "-i", ...variables, plugin), {
       stdin: typeof conf === "string" ? conf : JSON.stringify(conf),
+      killAfter: call.killAfter,
     });
     let json;
     try {

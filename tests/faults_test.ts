@@ -1,0 +1,425 @@
+/**
+ * Nothing lost, nothing left, no one let in. Each test tries one kind of harm;
+ * a table at the end tells how often. `deno task soak` tries far more often.
+ *
+ * @module
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { permissionFlags } from "./build.ts";
+import { type Answer, CONF, Node, type Pod, run } from "./lab.ts";
+
+/** How often: for CI, and for an hour of rest. */
+const SIZE = Deno.env.has("SOAK")
+  ? { kills: 40, atOnce: 100, rounds: 1000, pods: 50, inputs: 300 }
+  : { kills: 12, atOnce: 30, rounds: 60, pods: 12, inputs: 60 };
+
+const figures: Record<string, { tried: number; lost: number }> = {};
+Deno.test.afterAll(() => console.table(figures));
+
+/** Counts tries that went well; one that does not fails its test. */
+function count(what: string, tried: number): void {
+  figures[what] = { tried: (figures[what]?.tried ?? 0) + tried, lost: 0 };
+}
+
+const REST = Deno.env.get("PATH")!;
+const PATH = `/opt/shims:${REST}`;
+const SOON = 50; // milliseconds in which an `ip` without stdin has ended
+
+/** A node with a pod that must not lose its network. */
+class Place {
+  constructor(readonly node: Node, readonly other: Pod & Answer) {}
+
+  static async prepare(conf: object = {}): Promise<Place> {
+    const all = { ...CONF, cniVersion: "1.1.0", ...conf };
+    const node = await Node.start("node2", all);
+    return new Place(node, await node.start("other"));
+  }
+
+  async [Symbol.asyncDispose]() {
+    await this.node[Symbol.asyncDispose]();
+  }
+
+  /** A program that stands in for one on the PATH. */
+  async shim(name: string, script: string): Promise<void> {
+    await this.node.sh("mkdir -p /opt/shims");
+    const path = this.node.path(`/opt/shims/${name}`);
+    await Deno.writeTextFile(path, `#!/bin/sh\n${script}`, { mode: 0o755 });
+  }
+
+  /** DEL clears up after a harm, the pod can be added, the other still is. */
+  async recover(pod: Pod, before: string, what: string): Promise<void> {
+    const { node, other } = this;
+    await node.sh("rm -rf /opt/shims");
+    assertEquals((await node.cni("DEL", pod)).code, 0, what);
+    assertEquals(await node.listing(pod), before, what);
+    const again = await node.cni("ADD", pod);
+    assertEquals(again.code, 0, `${what}: ${again.stdout}`);
+    await node.in(pod, "ping -c1 -W2 10.240.0.1");
+    await node.in(other, "ping -c1 -W2 10.240.0.1");
+    assertEquals((await node.cni("DEL", pod)).code, 0, what);
+    assertEquals(await node.listing(pod), before, what);
+    await node.remove(pod);
+  }
+}
+
+/** Milliseconds that a call takes here and now. */
+async function duration(call: () => Promise<unknown>): Promise<number> {
+  const start = performance.now();
+  await call();
+  return performance.now() - start;
+}
+
+Deno.test("ADD and DEL may be killed at any moment", async () => {
+  await using place = await Place.prepare();
+  const { node } = place;
+  const first = await node.sandbox("first");
+  const times = {
+    ADD: await duration(() => node.cni("ADD", first)),
+    DEL: await duration(() => node.cni("DEL", first)),
+  };
+  await node.remove(first);
+  for (const verb of ["ADD", "DEL"] as const) {
+    for (let i = 0; i < SIZE.kills; i++) {
+      const pod = await node.sandbox("pod");
+      const before = await node.listing(pod);
+      if (verb === "DEL") await node.cni("ADD", pod);
+      const killAfter = times[verb] * (0.3 + 0.8 * i / SIZE.kills);
+      await node.cni(verb, pod, { killAfter });
+      await run(["sleep", `${SOON / 1000}`]);
+      await place.recover(pod, before, `${verb} killed after ${killAfter} ms`);
+      count("kills at a moment", 1);
+    }
+  }
+});
+
+// Passes lines on as they come, and kills the plugin after line LINE of the
+// call. Then `ip` sees the end of its stdin: it was killed in between, too.
+const KILLER = `PATH=$REST
+  case $1 in -n) call=pod;; *) call=host;; esac
+  [ $call = $CALL ] || exec ip "$@"
+  plugin=$PPID n=0
+  while read -r line; do
+    echo "$line"
+    n=$((n + 1))
+    [ $n != $LINE ] || { sleep 0.03; kill -9 $plugin; exit; }
+  done | exec ip "$@"`;
+
+Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
+  await using place = await Place.prepare();
+  const { node } = place;
+  for (
+    const [verb, CALL] of [["ADD", "host"], ["ADD", "pod"], ["DEL", "host"]]
+  ) {
+    for (let line = 1;; line++) {
+      const pod = await node.sandbox("pod");
+      const before = await node.listing(pod);
+      if (verb === "DEL") await node.cni("ADD", pod);
+      await place.shim("ip", KILLER);
+      const env = { PATH, REST, CALL, LINE: `${line}` };
+      const { code } = await node.cni(verb, pod, { env });
+      await run(["sleep", `${SOON / 1000}`]);
+      await place.recover(pod, before, `${verb} killed after ${CALL} ${line}`);
+      // 137 is SIGKILL; without it there was no such line.
+      if (code !== 137) {
+        assert(line > (verb === "ADD" ? 4 : 2), `${verb} had ${line} lines`);
+        break;
+      }
+      count("kills after a line", 1);
+    }
+  }
+});
+
+Deno.test("GC finds what a killed ADD has left", async () => {
+  await using place = await Place.prepare();
+  const { node, other } = place;
+  const { containerID } = other;
+  const valid = [{ containerID, ifname: "eth0" }];
+  const conf = { ...CONF, cniVersion: "1.1.0" };
+  const gc = { ...conf, "cni.dev/valid-attachments": valid };
+  const before = await node.listing();
+  for (const [CALL, LINE] of [["host", "4"], ["pod", "1"], ["pod", "5"]]) {
+    const pod = await node.sandbox("pod");
+    await place.shim("ip", KILLER);
+    await node.cni("ADD", pod, { env: { PATH, REST, CALL, LINE } });
+    await run(["sleep", `${SOON / 1000}`]);
+    await node.sh("rm -rf /opt/shims");
+    assertEquals((await node.cni("GC", undefined, { conf: gc })).code, 0);
+    await node.remove(pod);
+    assertEquals(await node.listing(), before, `${CALL} ${LINE}`);
+    count("kills that GC cleared up", 1);
+  }
+});
+
+Deno.test("a program that is missing, fails or hangs undoes an ADD", async () => {
+  await using place = await Place.prepare();
+  const { node } = place;
+  for (
+    const [what, shims, says] of [
+      ["ip is missing", {}, /ip is not on the PATH/],
+      ["ip fails", { ip: "exit 1" }, /ip/],
+      ["ip hangs", { ip: "exec sleep 60" }, /10 seconds/],
+      ["the pod's ip hangs", {
+        ip:
+          `PATH=${REST}; case $1 in -n) exec sleep 60;; *) exec ip "$@"; esac`,
+      }, /10 seconds/],
+      ["ln is missing", { ip: `PATH=${REST} exec ip "$@"` }, /ln/],
+      ["ln fails", {
+        ip: `PATH=${REST} exec ip "$@"`,
+        ln: "echo no space left >&2; exit 1",
+      }, /no space left/],
+    ] as [string, Record<string, string>, RegExp][]
+  ) {
+    const pod = await node.sandbox("pod");
+    const before = await node.listing(pod);
+    for (const [name, script] of Object.entries(shims)) {
+      await place.shim(name, script);
+    }
+    const env = { PATH: "/opt/shims" };
+    const { code, json, stdout } = await node.cni("ADD", pod, {
+      env,
+      plugin: "/opt/cni/bin/custom-cni",
+    });
+    assertEquals([code, typeof json?.code], [1, "number"], what + stdout);
+    assertMatch(json.msg + json.details, says, what);
+    await node.sh("rm -rf /opt/shims");
+    assertEquals(await node.listing(pod), before, what);
+    await place.recover(pod, before, what);
+    count("programs that fail", 1);
+  }
+});
+
+Deno.test("pods may start and end at once", async () => {
+  await using node = await Node.start("node2");
+  const before = await node.listing();
+  const sandboxes = async () => {
+    const pods: Pod[] = [];
+    for (let i = 0; i < SIZE.atOnce; i++) pods.push(await node.sandbox("pod"));
+    return pods;
+  };
+  const add = async (pod: Pod) => {
+    const { code, json, stdout } = await node.cni("ADD", pod);
+    assertEquals(code, 0, stdout);
+    return json.ips[0].address as string;
+  };
+  const del = async (pod: Pod) => {
+    assertEquals((await node.cni("DEL", pod)).code, 0);
+  };
+  const old = await sandboxes();
+  const addresses = await Promise.all(old.map(add));
+  assertEquals(new Set(addresses).size, SIZE.atOnce);
+  const young = await sandboxes();
+  const mixed = old.flatMap((pod, i) => [del(pod), add(young[i])]);
+  await Promise.all(mixed);
+  await Promise.all(young.map(del));
+  for (const pod of [...old, ...young]) await node.remove(pod);
+  await node.sh("ip link del cni0; rm /tmp/last_allocated_ip");
+  assertEquals(await node.listing(), before);
+  count("ADDs and DELs at once", 4 * SIZE.atOnce);
+});
+
+Deno.test("a long life gives no address twice at a time", async () => {
+  const conf = { ...CONF, podcidr: "10.240.0.0/26" };
+  await using node = await Node.start("node2", conf);
+  const live = new Map<string, Pod>();
+  // A sequence that looks random and is the same each time (Park and Miller).
+  let seed = 42;
+  const random = () => (seed = seed * 48271 % 2147483647) / 2147483647;
+  const end = async (address: string) => {
+    const pod = live.get(address)!;
+    assertEquals((await node.cni("DEL", pod)).code, 0);
+    await node.remove(pod);
+    live.delete(address);
+  };
+  for (let round = 0; round < SIZE.rounds; round++) {
+    if (live.size < SIZE.pods * random()) {
+      const pod = await node.start("pod");
+      const { address } = pod.json.ips[0];
+      assert(!live.has(address), `${address} is given twice`);
+      live.set(address, pod);
+    } else if (live.size) {
+      await end([...live.keys()][Math.floor(random() * live.size)]);
+    }
+  }
+  for (const address of [...live.keys()]) await end(address);
+  assertEquals(await node.sh("ip link show type veth; ls /run/netns"), "");
+  count("rounds of ADD or DEL", SIZE.rounds);
+});
+
+/** Harm to the counter, made as root; and ADD's error, 0 for none. */
+const COUNTERS: Record<string, [prepare: string, code: number]> = {
+  "a link to a file": ["ln -s /etc/victim $F", 5],
+  "a link to nothing": ["ln -s /etc/nothing $F", 5],
+  "a link to a device": ["ln -s /dev/null $F", 5],
+  "a hard link": ["echo 7 > /tmp/victim; ln /tmp/victim $F", 5],
+  "a folder": ["mkdir $F", 5],
+  "a pipe": ["mkfifo $F", 5],
+  "another user's": ["echo 9 > $F; chown 1000 $F", 5],
+  "on a full disk": ["mount -t tmpfs -o size=4k x /tmp; yes > /tmp/x || :", 5],
+  "on a read-only disk": ["mount -o remount,ro /tmp", 5],
+  "not readable": ["echo 9 > $F; chmod 0 $F", 0],
+  "empty": [": > $F", 0],
+  "rubbish": ["head -c 99 /dev/urandom > $F", 0],
+  "10 MB long": ["yes 1 | head -c 10000000 > $F", 0],
+  "negative": ["echo -5 > $F", 0],
+  "huge": ["echo 99999999999999999999999 > $F", 0],
+  "locked for good": ["touch $F; flock $F sleep 50 > /dev/null 2>&1 &", 11],
+};
+
+Deno.test("a hostile /tmp harms nobody", async () => {
+  await Promise.all(
+    Object.entries(COUNTERS).map(async ([what, [prepare, code]]) => {
+      await using node = await Node.start("node2");
+      await node.sh(`echo precious > /etc/victim
+        F=/tmp/last_allocated_ip; ${prepare}`);
+      const look = () =>
+        node.sh(
+          "cat /etc/victim; ls /etc/nothing /tmp 2>&1; cat /tmp/victim || :",
+        );
+      const pod = await node.sandbox("pod");
+      const before = await look();
+      const { json, stdout } = await node.cni("ADD", pod);
+      assertEquals(json.code ?? 0, code, `${what}: ${stdout}`);
+      if (code) assertMatch(json.msg, /last_allocated_ip/, what);
+      assertEquals(await look(), before, what);
+      const links = await node.sh("ip -o link show type veth");
+      assertEquals(links === "", code !== 0, what);
+      count("hostile counters", 1);
+    }),
+  );
+});
+
+Deno.test("a log that cannot be written fails no pod", async () => {
+  for (
+    const harm of [
+      "mkdir /var/log/cni.log",
+      "mount -o remount,ro /var/log",
+      "mount -t tmpfs -o size=4k x /var/log; yes > /var/log/x || :",
+      "ln -s /nowhere/cni.log /var/log/cni.log",
+    ]
+  ) {
+    await using node = await Node.start("node2");
+    await node.sh(harm);
+    const pod = await node.start("pod");
+    await node.in(pod, "ping -c1 -W2 10.240.0.1");
+    count("broken logs", 1);
+  }
+});
+
+Deno.test("no input makes a line of the log", async () => {
+  await using node = await Node.start("node2");
+  const pod = await node.sandbox("pod");
+  const evil = "x\n2026-01-01T00:00:00.000Z ADD forged\r\u2028";
+  await node.cni("ADD", { ...pod, containerID: evil });
+  await node.cni("ADD", { ...pod, netns: `/${evil}` });
+  await node.cni(evil, pod);
+  const log = await Deno.readTextFile(node.path("/var/log/cni.log"));
+  assertEquals(log.trimEnd().split(/[\n\r\u2028]/).length, 3, log);
+});
+
+Deno.test("hostile input gets an error, and changes nothing", async () => {
+  await using place = await Place.prepare();
+  const { node } = place;
+  const pod = await node.sandbox("pod");
+  const before = await node.listing(pod);
+  let seed = 7;
+  const random = (n: number) => (seed = seed * 48271 % 2147483647) % n;
+  const pick = <T>(of: ArrayLike<T>) => of[random(of.length)];
+  const BITS = [
+    "/",
+    "..",
+    " ",
+    "\n",
+    "-h",
+    "$(id)",
+    ";",
+    "`id`",
+    '"',
+    "'",
+    "#",
+    "%s",
+    "\\",
+    "é",
+    "\u202e",
+    "*",
+    "~",
+    "|",
+    "&",
+    "0".repeat(300),
+  ];
+  const JUNK = [
+    5,
+    true,
+    [],
+    {},
+    [[]],
+    "",
+    " ",
+    "10.240.0.0",
+    "::/64",
+    "\0",
+    "10.240.0.1/24",
+    "999.0.0.0/24",
+    "10.240.0.0/24 ",
+    "1e9",
+    -1,
+    1e400,
+  ];
+  // Always with a part that no name may have, wherever it stands.
+  const name = () => pick(["a", "", "eth"]) + pick(BITS) + pick(BITS);
+  const calls: (() => Promise<Answer>)[] = [
+    () => node.cni("ADD", { ...pod, containerID: name() }),
+    () => node.cni("DEL", { ...pod, containerID: name() }),
+    () => node.cni("ADD", pod, { env: { CNI_IFNAME: name() } }),
+    () => node.cni("ADD", { ...pod, netns: name().replace(/^\//, "") }),
+    () => node.cni("ADD", pod, { env: { CNI_NETNS: `/${name()}/none` } }),
+    () => node.cni(name(), pod),
+    () => node.cni("ADD", pod, { conf: { ...CONF, podcidr: pick(JUNK) } }),
+    () => node.cni("ADD", pod, { conf: { ...CONF, name: name() } }),
+    () => node.cni("ADD", pod, { conf: { ...CONF, cniVersion: name() } }),
+    () => {
+      const conf = JSON.stringify(CONF);
+      const at = random(conf.length - 1) + 1;
+      return node.cni("ADD", pod, { conf: conf.slice(0, at) });
+    },
+  ];
+  for (let i = 0; i < SIZE.inputs; i += 10) {
+    const answers = await Promise.all(calls.map((call) => call()));
+    for (const { code, json, stdout } of answers) {
+      assertEquals(code, 1, stdout);
+      assert(json.code >= 1 && json.code !== 3 && json.code < 999, stdout);
+    }
+  }
+  assertEquals(await node.listing(pod), before);
+  count("hostile inputs", SIZE.inputs);
+});
+
+/** What the plugin may not do; each line throws if Deno refuses it. */
+const FORBIDDEN = [
+  'new Deno.Command("sh").outputSync()',
+  'new Deno.Command("/bin/ls").outputSync()',
+  'await Deno.connect({ hostname: "127.0.0.1", port: 9 })',
+  'Deno.listen({ hostname: "127.0.0.1", port: 0 })',
+  'await fetch("http://127.0.0.1:9/")',
+  'Deno.readTextFileSync("/etc/passwd")',
+  'Deno.readTextFileSync("/tmp/other")',
+  'Deno.writeTextFileSync("/tmp/other", "")',
+  'Deno.writeTextFileSync("/etc/cni/net.d/x.conf", "")',
+  'Deno.removeSync("/etc/passwd")',
+  'Deno.symlinkSync("/etc/passwd", "/run/netns/x")',
+  'Deno.env.get("HOME")',
+  'Deno.kill(1, "SIGCONT")',
+];
+
+Deno.test("the plugin's permissions are those that it needs", async () => {
+  const probe = await Deno.makeTempFile({ suffix: ".ts" });
+  const lines = FORBIDDEN.map((line) =>
+    `try { ${line}; console.log("allowed"); } catch (e) { console.log(e.name); }`
+  );
+  await Deno.writeTextFile(probe, lines.join("\n"));
+  const flags = ["--no-prompt", "--no-config", ...permissionFlags()];
+  const { stdout } = await run([Deno.execPath(), "run", ...flags, probe]);
+  await Deno.remove(probe);
+  const names = stdout.trim().split("\n");
+  assertEquals(names, FORBIDDEN.map(() => "NotCapable"), stdout);
+  count("forbidden acts", FORBIDDEN.length);
+});
