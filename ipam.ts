@@ -115,7 +115,7 @@ export function checkCounter(): boolean {
  * @param wait How long at most, in milliseconds.
  * @throws {CNIError} 5 if the file can't be used, 11 after `wait`.
  */
-export async function lockCounter(wait = 30_000): Promise<Deno.FsFile> {
+export async function lockCounter(wait = 20_000): Promise<Deno.FsFile> {
   for (const end = Date.now() + wait; Date.now() < end;) {
     const createNew = !checkCounter();
     const options = { read: true, write: true, createNew, mode: 0o600 };
