@@ -82,6 +82,7 @@ const TOOLS: Record<string, string> = {
   tar: "tar",
   tcpdump: "tcpdump",
   unshare: "util-linux",
+  "/usr/bin/time": "time",
   "/usr/lib/cni/bridge": "containernetworking-plugins",
   "/usr/lib/cni/host-local": "containernetworking-plugins",
 };
