@@ -115,25 +115,31 @@ export function checkCounter(): boolean {
  * @param wait How long at most, in milliseconds.
  * @throws {CNIError} 5 if the file can't be used, 11 after `wait`.
  */
-export async function lockCounter(wait = 20_000): Promise<Deno.FsFile> {
-  for (const end = Date.now() + wait; Date.now() < end;) {
+export async function lockCounter(wait = 60_000): Promise<Deno.FsFile> {
+  const late = new CNIError(11, `${COUNTER} is locked by another process`);
+  for (let tries = 0; tries < 10; tries++) {
     const createNew = !checkCounter();
-    const options = { read: true, write: true, createNew, mode: 0o600 };
     try {
+      const options = { read: true, write: true, createNew, mode: 0o600 };
       const counter = Deno.openSync(COUNTER, options);
+      if (!counter.tryLockSync(true)) {
+        const tooLate = new Promise<never>((_, reject) => {
+          setTimeout(reject, wait, late);
+        });
+        await Promise.race([counter.lock(true), tooLate]);
+      }
       // Cleaned away in between? Then the others lock a new file.
-      const isIt = () => counter.statSync().ino === Deno.lstatSync(COUNTER).ino;
-      if (counter.tryLockSync(true) && isIt()) return counter;
+      const { ino } = Deno.lstatSync(COUNTER);
+      if (counter.statSync().ino === ino) return counter;
       counter.close();
     } catch (error) {
-      const { AlreadyExists, NotFound } = Deno.errors;
-      const isRace = error instanceof AlreadyExists ||
-        error instanceof NotFound;
-      if (!isRace) fail(5, `Cannot open ${COUNTER}`, `${error}`);
+      if (error instanceof CNIError) throw error;
+      const { AlreadyExists, NotFound } = Deno.errors; // another ADD's doing
+      if (error instanceof AlreadyExists || error instanceof NotFound) continue;
+      fail(5, `Cannot open ${COUNTER}`, `${error}`);
     }
-    await new Promise((resume) => setTimeout(resume, 10));
   }
-  return fail(11, `${COUNTER} is locked by another process`);
+  return fail(11, `${COUNTER} is replaced again and again`);
 }
 
 /**

@@ -263,8 +263,19 @@ const COUNTERS: Record<string, [prepare: string, code: number]> = {
   "10 MB long": ["yes 1 | head -c 10000000 > $F", 0],
   "negative": ["echo -5 > $F", 0],
   "huge": ["echo 99999999999999999999999 > $F", 0],
-  "locked for good": ["touch $F; flock $F sleep 50 > /dev/null 2>&1 &", 11],
 };
+
+/** A counter that somebody locks for good: its ADD waits for a minute. */
+let lockedNode: Node;
+let locked: Promise<Answer>;
+Deno.test.beforeAll(async () => {
+  lockedNode = await Node.start("node2");
+  const lock = "flock /tmp/last_allocated_ip sleep 100 > /dev/null 2>&1 &";
+  await lockedNode.sh(`touch /tmp/last_allocated_ip; ${lock} sleep 0.2`);
+  const pod = await lockedNode.sandbox("pod");
+  locked = lockedNode.cni("ADD", pod);
+});
+Deno.test.afterAll(() => lockedNode[Symbol.asyncDispose]());
 
 Deno.test("a hostile /tmp harms nobody", async () => {
   await Promise.all(
@@ -422,4 +433,12 @@ Deno.test("the plugin's permissions are those that it needs", async () => {
   const names = stdout.trim().split("\n");
   assertEquals(names, FORBIDDEN.map(() => "NotCapable"), stdout);
   count("forbidden acts", FORBIDDEN.length);
+});
+
+Deno.test("a lock on the counter is waited for, but not for ever", async () => {
+  const { json, stdout } = await locked;
+  assertEquals(json?.code, 11, stdout);
+  assertMatch(json.msg, /last_allocated_ip is locked/);
+  assertEquals(await lockedNode.sh("ip -o link show type veth"), "");
+  count("hostile counters", 1);
 });

@@ -47,7 +47,7 @@ export interface Pod {
   netns: string;
 }
 
-/** Runs a command for at most a minute. */
+/** Runs a command for at most two minutes. */
 export async function run(
   command: string[],
   options: {
@@ -63,7 +63,7 @@ export async function run(
     stdin: "piped",
     stdout: "piped",
     stderr: "piped",
-    signal: AbortSignal.timeout(60_000),
+    signal: AbortSignal.timeout(120_000),
   }).spawn();
   const { killAfter } = options;
   const kill = killAfter === undefined

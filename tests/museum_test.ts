@@ -42,7 +42,7 @@ Deno.test("the node keeps its eth0", async () => {
   const eth0 = () => node.sh("ip -o link show eth0; ip -o -4 addr show eth0");
   const before = await eth0();
   const pod = await node.start("alpine1");
-  await node.in(pod, "ping -c1 -W1 10.0.2.14");
+  await node.in(pod, "ping -c1 -W5 10.0.2.14");
   assertEquals(await eth0(), before);
 });
 
@@ -98,7 +98,7 @@ Deno.test("a /20 works as well", async () => {
   const { json, ...pod } = await node.start("nginx1");
   // No address of a /24, which had ended before.
   assertEquals(json.ips[0].address, "10.240.17.0/20");
-  await node.in(pod, "ping -c1 -W1 10.240.16.2");
+  await node.in(pod, "ping -c1 -W5 10.240.16.2");
 });
 
 Deno.test("DEL takes the interface though the namespace lives on", async () => {

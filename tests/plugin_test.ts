@@ -24,8 +24,8 @@ const addressOf = (answer: Answer) => cidrOf(answer).split("/")[0];
 const vethOf = ({ json }: Answer): string => json.interfaces[1].name;
 
 /** A packet there and back, from a pod or from the node; throws if it's lost. */
-function ping(node: Node, to: string, from?: Pod): Promise<string> {
-  const line = `ping -c1 -W1 ${to}`;
+function ping(node: Node, to: string, from?: Pod, wait = 5): Promise<string> {
+  const line = `ping -c1 -W${wait} ${to}`;
   return from ? node.in(from, line) : node.sh(line);
 }
 
@@ -239,7 +239,7 @@ Deno.test("ADD lets a pod reach itself through its Service", async () => {
   await ping(node, "10.96.0.10", pod);
   // And hairpin is what does it.
   await node.sh(`ip link set ${vethOf(pod)} type bridge_slave hairpin off`);
-  await assertRejects(() => ping(node, "10.96.0.10", pod));
+  await assertRejects(() => ping(node, "10.96.0.10", pod, 1));
 });
 
 // Faults for a PATH: an ip that ends at once as the one of CALL, the host's or
@@ -422,7 +422,7 @@ Deno.test("run by hand it names what mends a trouble", async () => {
   ) {
     assertEquals(await troubles(node), []);
     await node.sh(fault);
-    await assertRejects(() => ping(node, to, a));
+    await assertRejects(() => ping(node, to, a, 1));
     const [[what, mend], ...others] = await troubles(node);
     assertMatch(what, says);
     assertEquals(others, []);
