@@ -331,33 +331,39 @@ async function doctor(): Promise<void> {
   console.error(`custom-cni ${version}, for CNI ${VERSIONS.join(", ")}`);
   console.error("A container runtime runs it for each pod. This node:");
 
-  let podCIDR = ipam.parsePodCIDR("10.240.0.0/16"); // until the conf is read
+  const found: ipam.PodCIDR[] = [];
   await look(async () => {
     // The runtime takes the first file by name, and no other.
     const isConf = (name: string) => /\.(conf|conflist|json)$/.test(name);
-    const mend = "put 10-custom-cni.conf there, with this node's podcidr";
+    const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
     const file = namesIn(CONF_DIR).find(isConf) ??
-      fail(7, `${CONF_DIR} is empty ("cni config uninitialized")`, mend);
+      fail(7, `${CONF_DIR} is empty ("cni config uninitialized")`, copy);
     const conf = JSON.parse(await Deno.readTextFile(join(CONF_DIR, file)));
     const plugins: (Conf & { type: string })[] = conf.plugins ?? [conf];
     const ours = plugins.find(({ type }) => type === "custom-cni") ??
-      fail(7, `${file} comes first, and is for another plugin`, mend);
-    podCIDR = ipam.parsePodCIDR(ours.podcidr);
-    return `${CONF_DIR}/${file}: podcidr ${podCIDR.text}`;
-  });
-  await look(async () => {
-    const { bridge, used } = await lookAtNode(new Ip("-json"), podCIDR);
-    const gateway = ipam.address(podCIDR, 1);
-    const has = hasAddress(bridge, gateway) ? "has" : "will get";
-    const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
-    if (used.size >= podCIDR.room) fail(11, counts, "some pods must end");
-    return `${BRIDGE} ${has} ${gateway}; ${counts}`;
+      fail(
+        7,
+        `${file} comes first, for another plugin`,
+        `mv ${CONF_DIR}/${file} /root`,
+      );
+    found.push(ipam.parsePodCIDR(ours.podcidr));
+    return `${CONF_DIR}/${file}: podcidr ${ours.podcidr}`;
   });
   await look(async () => {
     const netconf = await run("ip", "netconf", "show");
     if (netconf.includes("inet all forwarding on")) return "ip_forward is on";
     const mend = "sysctl -w net.ipv4.ip_forward=1";
     return fail(100, "ip_forward is off: pods reach no other network", mend);
+  });
+  const [podCIDR] = found;
+  if (!podCIDR) return;
+  await look(async () => {
+    const { bridge, used } = await lookAtNode(new Ip("-json"), podCIDR);
+    const gateway = ipam.address(podCIDR, 1);
+    const has = hasAddress(bridge, gateway) ? "has" : "will get";
+    const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
+    if (used.size >= podCIDR.room) fail(11, counts, "kubectl delete pod POD");
+    return `${BRIDGE} ${has} ${gateway}; ${counts}`;
   });
   await look(async () => {
     const now = await run("iptables", "-w", "5", "-S", "FORWARD");
