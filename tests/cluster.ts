@@ -12,7 +12,7 @@
  * @module
  */
 import { join } from "@std/path/posix/join";
-import { CONF, Node, type Pod, ROOT, run } from "./lab.ts";
+import { CONF, Node, ROOT, run } from "./lab.ts";
 
 /** What a capture saw: one packet at one interface. */
 export interface Sighting {
@@ -148,5 +148,3 @@ export async function capture(
   }
   return sightings.sort((a, b) => a.time - b.time);
 }
-
-export type { Pod };

@@ -25,12 +25,12 @@ interface World {
 /** The Service of nginx2, as a cluster's DNS would name it. */
 const SERVICE = "10.96.0.20";
 
-const quiet = { is: false };
+let isQuiet = false;
 let misbehaved = 0;
 
 /** Prints a paragraph. */
 function say(text: string): void {
-  if (!quiet.is) console.log(text);
+  if (!isQuiet) console.log(text);
 }
 
 /** Prints a command with its prompt and what it wrote. */
@@ -384,7 +384,7 @@ if (import.meta.main) {
     console.log(HELP);
     Deno.exit(0);
   }
-  quiet.is = flags.quiet;
+  isQuiet = flags.quiet;
   const last = Number(flags.step ?? STEPS.length);
   if (!STEPS[last - 1]) {
     console.error(`There is no step ${flags.step}\n\n${HELP}`);
@@ -397,7 +397,7 @@ if (import.meta.main) {
     const heading = `Step ${i + 1}. ${title}`;
     say(`\n${heading}\n${"=".repeat(heading.length)}`);
     await run(world);
-    if (quiet.is) {
+    if (isQuiet) {
       console.log(`${misbehaved === before ? "ok  " : "BAD "} ${heading}`);
     }
   }
