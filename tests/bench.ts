@@ -102,7 +102,7 @@ function call(
 ): Promise<[number, string]> {
   return time([...prefix, ...command], {
     CNI_COMMAND: verb,
-    CNI_CONTAINERID: pod,
+    CNI_CONTAINERID: `id-${pod}`, // a name of its own, as from containerd
     CNI_NETNS: `/var/run/netns/${pod}`,
     CNI_IFNAME: "eth0",
     CNI_PATH: path,
