@@ -11,7 +11,7 @@ import { type Answer, CONF, Node, type Pod, run } from "./lab.ts";
 /** How often: for CI, and for an hour of rest. */
 const SIZE = Deno.env.has("SOAK")
   ? { kills: 40, atOnce: 100, rounds: 1000, pods: 50, inputs: 300 }
-  : { kills: 12, atOnce: 30, rounds: 60, pods: 12, inputs: 60 };
+  : { kills: 6, atOnce: 12, rounds: 30, pods: 8, inputs: 30 };
 
 const figures: Record<string, { tried: number; lost: number }> = {};
 Deno.test.afterAll(() => console.table(figures));

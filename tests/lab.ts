@@ -114,7 +114,10 @@ cd /
 umount -l /mnt
 rm -rf /etc/cni
 mkdir -p /etc/cni/net.d /opt/cni/bin
-[ -z "$binary" ] || cp "$binary" /opt/cni/bin/custom-cni
+if [ -n "$binary" ]; then
+  touch /opt/cni/bin/custom-cni
+  mount --bind "$binary" /opt/cni/bin/custom-cni
+fi
 ip link set lo up
 trap '' INT
 echo ready
