@@ -204,6 +204,11 @@ async function tools(): Promise<void> {
     Object.keys(TOOLS)
       .filter((tool) => tool[0] === "/" ? !exists(tool) : !onPath(tool));
 
+  // Lets bridged packets go through iptables; nothing loads it by itself.
+  if (!exists("/proc/sys/net/bridge")) {
+    console.log("$ modprobe br_netfilter");
+    await run("modprobe", "br_netfilter");
+  }
   const before = missing();
   if (before.length === 0) return;
   const packages = [...new Set(before.map((tool) => TOOLS[tool]))].join(" ");
