@@ -49,14 +49,12 @@ what is missing; it takes nothing away but with --delete.
 
 Exit status: 0 done, 1 failed with nothing added, 2 wrong usage`;
 
-/** The tutorial's two nodes: to each range that of the peer. */
-const PAIR: Record<string, string> = {
-  "10.240.0.0/24": "10.240.1.0/24",
-  "10.240.1.0/24": "10.240.0.0/24",
-};
+/** The ranges of the tutorial's two nodes. */
+const PAIR = ["10.240.0.0/24", "10.240.1.0/24"];
 
 /** What lists the rules of the node, and makes of a line its command. */
-const LISTINGS = [
+const LISTINGS: [command: string, prefix: string][] = [
+  ["ip -oneline route show", "ip route add "],
   ["sysctl net.ipv4.ip_forward", "sysctl -w "],
   ["iptables -S FORWARD", "iptables "],
   ["iptables -t nat -S POSTROUTING", "iptables -t nat "],
@@ -86,27 +84,21 @@ export interface KubeNode {
   status?: { addresses?: { type: string; address: string }[] };
 }
 
-/** A command, and whether what it makes is there. */
-interface Command {
-  line: string;
-  isThere: boolean;
-}
-
 type Flags = ReturnType<typeof readFlags>;
 
 /** The commands of the tutorial in its order, for --delete in reverse. */
 function plan(
-  { text: own }: PodCIDR,
+  own: string,
   peers: Peer[],
   flags: Flags,
   there: Set<string>,
-): Command[] {
-  const commands = (...lines: string[]): Command[] =>
+) {
+  const commands = (...lines: string[]) =>
     lines.map((line) => ({ line, isThere: there.has(line) }));
 
   // Without it the kernel drops what is not for the node itself. In the
   // tutorial Docker has turned it on.
-  const ipForward = commands("sysctl -w net.ipv4.ip_forward=1");
+  const ip_forward = commands("sysctl -w net.ipv4.ip_forward=1");
 
   // Same host: br_netfilter leads even what cni0 only bridges through FORWARD,
   // and Docker lets that drop everything.
@@ -136,9 +128,11 @@ function plan(
     masquerade.unshift({ line, isThere: flags.delete });
   }
 
-  const steps: Record<string, Command[]> = { forward, routes, masquerade };
-  const all = flags.only.flatMap((step) => steps[step]);
-  return flags.delete ? all.reverse() : [...ipForward, ...all];
+  const steps = { ip_forward, forward, routes, masquerade };
+  const all = Object.entries(steps).flatMap(([step, commands]) =>
+    flags.only.includes(step) ? commands : []
+  );
+  return flags.delete ? all.reverse() : all;
 }
 
 /** The command for the route to a peer's pods. */
@@ -171,7 +165,7 @@ async function main(args: string[]): Promise<void> {
   const given = flags.peer.map((text) => parsePeer(text, own));
   const peers = [...nodes?.peers ?? [], ...given];
 
-  const routes = await list("ip -oneline route show", "ip route add ");
+  const routes = await list(...LISTINGS[0]);
   if (flags.delete) {
     for (const peer of peers) {
       const route = routes.find((it) => it.startsWith(`${routeTo(peer)} dev `));
@@ -180,23 +174,26 @@ async function main(args: string[]): Promise<void> {
   } else if (peers.length) {
     await checkPeers(own, peers, addresses, routes, flags.dev);
   }
-  const there = new Set(routes);
-  for (const [command, prefix] of flags["dry-run"] ? [] : LISTINGS) {
-    for (const line of await list(command, prefix)) there.add(line);
+  const there = flags["dry-run"] ? new Set<string>() : await look();
+  const { errors, changed, rest } = await apply(own.text, peers, flags, there);
+  if (flags["dry-run"]) return;
+  if (errors.length && !flags.delete) {
+    console.log("# Failed; what was added is taken back");
+    const added = (await look()).difference(there);
+    const back = await apply(
+      own.text,
+      peers,
+      { ...flags, delete: true },
+      added,
+    );
+    errors.push(...back.errors);
   }
-  const commands = plan(own, peers, flags, there);
-  const todo = commands
-    .filter(({ isThere }) => flags["dry-run"] || isThere === flags.delete)
-    .map(({ line }) => flags.delete ? opposite(line) : line);
-  if (flags["dry-run"]) return console.log(todo.join("\n"));
-  await apply(todo, flags.delete);
-  const rest = commands.length - todo.length;
+  if (errors.length) fail(1, errors.join("\n"));
   if (flags.delete) {
-    console.log(`# ${todo.length} taken back, ${rest} not there`);
-  } else {
-    console.log(`# ${todo.length} new, ${rest} there already`);
-    warnOfDrop(await list("iptables -S"), own, flags.bridge);
+    return console.log(`# ${changed} taken back, ${rest} not there`);
   }
+  console.log(`# ${changed} new, ${rest} there already`);
+  warnOfDrop(await list("iptables -S"), own, flags.bridge);
 }
 
 /** Reads the flags; throws with 2 what can't be meant. */
@@ -216,9 +213,8 @@ function readFlags(args: string[]) {
   }
   const bad = flags.only.find((step) => !STEPS.includes(step));
   if (bad) fail(2, `--only "${bad}" is no step`, `use ${STEPS.join(", ")}`);
-  const only = STEPS.filter((step) =>
-    !flags.only.length || flags.only.includes(step)
-  );
+  const only = flags.only.length ? flags.only : [...STEPS];
+  if (!flags.delete) only.push("ip_forward"); // others may have come to need it
   const peer = [...new Set(flags.peer)];
   const needsPeer = only.includes("routes") || flags["keep-source"];
   if (needsPeer && !peer.length && !flags.nodes && !flags.help) {
@@ -280,10 +276,13 @@ async function ownPodCIDR(flags: Flags, listed?: string): Promise<PodCIDR> {
 export function parsePeer(text: string, own: PodCIDR): Peer {
   const [ip, ...rest] = text.split("=");
   if (!isIPv4(ip)) fail(1, `--peer "${text}" is no IPv4 address`, "IP[=CIDR]");
-  const range = rest.length ? rest.join("=") : PAIR[own.text];
+  const other = PAIR.includes(own.text)
+    ? PAIR.find((range) => range !== own.text)
+    : undefined;
+  const range = rest.length ? rest.join("=") : other;
   if (range === undefined) {
     const message = `--peer "${text}" names no CIDR`;
-    const mend = `only ${Object.keys(PAIR).join(" and ")} know each other`;
+    const mend = `only ${PAIR.join(" and ")} know each other`;
     fail(1, message, `write --peer ${text}=CIDR; ${mend}`);
   }
   return { ip, podCIDR: parsePodCIDR(range) };
@@ -328,31 +327,43 @@ async function checkPeers(
   }
 }
 
-/** Runs commands in order; when one fails, takes back what the others did. */
-async function apply(commands: string[], goOn: boolean): Promise<void> {
-  const done: string[] = [];
-  const errors: string[] = [];
+/** Runs what is missing, or with --delete takes back what is there. */
+async function apply(
+  own: string,
+  peers: Peer[],
+  flags: Flags,
+  there: Set<string>,
+) {
+  const commands = plan(own, peers, flags, there);
+  const todo = commands
+    .filter(({ isThere }) => flags["dry-run"] || isThere === flags.delete)
+    .map(({ line }) => flags.delete ? opposite(line) : line);
   // The routes to a thousand nodes are one process.
-  const ip = goOn ? "ip -force -batch -" : "ip -batch -";
-  const batches = Map.groupBy(commands, (it) => it.startsWith("ip ") ? ip : it);
-  for (const [command, batch] of batches) {
-    for (const line of batch) console.log(line);
-    const input = batch.map((line) => line.replace("ip ", "")).join("\n");
+  const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
+  const batches = Map.groupBy(todo, (it) => it.startsWith("ip ") ? ip : it);
+  const errors: string[] = [];
+  for (const [command, lines] of batches) {
+    for (const line of lines) console.log(line);
+    if (flags["dry-run"]) continue;
+    const input = lines.map((line) => line.replace("ip ", "")).join("\n");
     const { code, stderr } = await run(command, input);
-    const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? batch.length);
-    done.push(...batch.slice(0, code ? failed - 1 : batch.length));
-    if (code) errors.push(`${batch[failed - 1]}: ${stderr}`);
-    if (code && !goOn) {
-      console.log("# Failed, so what was done is taken back");
-      const back = done.reverse().map(opposite);
-      await apply(back, true).catch(({ message }) => errors.push(message));
-      break;
-    }
+    const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
+    if (code) errors.push(`${lines[failed - 1]}: ${stderr}`);
+    if (code && !flags.delete) break;
   }
-  if (errors.length) fail(1, errors.join("\n"));
+  return { errors, changed: todo.length, rest: commands.length - todo.length };
 }
 
-/** What there is, each line as the command that makes it. */
+/** What there is, each as the command that makes it. */
+async function look(): Promise<Set<string>> {
+  const lists = [];
+  for (const [command, prefix] of LISTINGS) {
+    lists.push(...await list(command, prefix));
+  }
+  return new Set(lists);
+}
+
+/** What a command lists, each line as the command that makes it. */
 async function list(command: string, prefix = ""): Promise<string[]> {
   const { code, stdout, stderr } = await run(command);
   if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);

@@ -1,35 +1,70 @@
 /** node-setup.ts on the real tables of nodes, and what it refuses. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
+import { parsePodCIDR } from "../ipam.ts";
 import { verdict } from "../node-setup.ts";
 import { CONF, Node, type Output, ROOT, run } from "./lab.ts";
 
 const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
+const PATH = Deno.env.get("PATH")!;
 const PEER = "--peer 10.0.2.14";
+const THIRD = "--peer 10.0.2.16=10.240.2.0/24";
 
 /** A node as in the tutorial: node2, with a way to its peer. */
-async function start(name = "node2", address = "10.0.2.15"): Promise<Node> {
-  const node = await Node.start(name, CONF);
+async function start(): Promise<Node> {
+  const node = await Node.start("node2", CONF);
   await node.sh(`ip link add enp0s3 up type bridge
-    ip addr add ${address}/24 dev enp0s3
+    ip addr add 10.0.2.15/24 dev enp0s3
+    ip link add enp0s8 up type bridge
+    ip addr add 10.0.2.115/24 dev enp0s8 metric 200
     ip route add default via 10.0.2.2
+    sysctl -qw net.ipv4.ip_forward=0
     iptables -P FORWARD DROP
-    iptables -t nat -P POSTROUTING ACCEPT`); // now there is a table nat
+    iptables -A FORWARD -s 10.9.0.0/24 -j ACCEPT
+    iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE`);
   return node;
 }
 
+/** Runs node-setup.ts on a node, with other programs first in the PATH. */
 function setup(node: Node, flags: string, stdin = ""): Promise<Output> {
-  const words = flags.split(" ").filter(Boolean);
-  return run(node.enter(...SCRIPT, ...words), { stdin });
+  const words = [...SCRIPT, ...flags.split(" ").filter(Boolean)];
+  return run(node.enter("env", `PATH=/opt/shims:${PATH}`, ...words), { stdin });
+}
+
+/** The same, where it must succeed. */
+async function succeed(node: Node, flags: string, stdin = ""): Promise<string> {
+  const { code, stdout, stderr } = await setup(node, flags, stdin);
+  assertEquals(code, 0, `${flags}: ${stderr}`);
+  return stdout;
+}
+
+/** Puts a program of its name in front of the real one. */
+async function shim(node: Node, name: string, script: string): Promise<void> {
+  await node.sh("mkdir -p /opt/shims");
+  const file = node.path(`/opt/shims/${name}`);
+  const text = `#!/bin/sh\nPATH=${PATH}\n${script}\nexec ${name} "$@"\n`;
+  await Deno.writeTextFile(file, text, { mode: 0o755 });
 }
 
 /** All that node-setup.ts may change. */
 function tables(node: Node): Promise<string> {
-  return node.sh(`iptables-save | grep -v '^[#:]'; iptables -S; ip route
-    cat /proc/sys/net/ipv4/ip_forward`);
+  return node.sh(`iptables -S; iptables -t nat -S; ip route
+    sysctl net.ipv4.ip_forward`);
 }
 
-const RULES = [
+/** What `kubectl get nodes -o json` prints of some nodes. */
+function kubectl(...nodes: [name: string, ip: string, podCIDR?: string][]) {
+  return JSON.stringify({
+    items: nodes.map(([name, address, podCIDR]) => ({
+      metadata: { name },
+      spec: { podCIDR },
+      status: { addresses: [{ type: "InternalIP", address }] },
+    })),
+  });
+}
+
+const COMMANDS = [
+  "sysctl -w net.ipv4.ip_forward=1",
   "iptables -A FORWARD -s 10.240.0.0/24 -j ACCEPT",
   "iptables -A FORWARD -d 10.240.0.0/24 -j ACCEPT",
   "ip route add 10.240.1.0/24 via 10.0.2.14 dev enp0s3",
@@ -38,58 +73,89 @@ const RULES = [
 
 Deno.test("node-setup.ts prints and runs the tutorial's commands", async () => {
   await using node = await start();
-  const { code, stdout } = await setup(node, PEER);
-  assertEquals(code, 0);
-  assertEquals(stdout.trim().split("\n"), [
-    "sysctl -w net.ipv4.ip_forward=1",
-    ...RULES,
-    "# 5 new, 0 there already",
-  ]);
-  const now = await tables(node);
-  for (const rule of RULES.slice(0, 2)) {
-    assert(now.includes(rule.slice(9)), now);
-  }
-  assertMatch(now, /10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s3/);
-  assertMatch(now, /-s 10\.240\.0\.0\/24 ! -o cni0 -j MASQUERADE/);
-  assertMatch(now, /^1$/m);
+  const before = await tables(node);
+  const printed = await succeed(node, PEER);
+  const expected = [...COMMANDS, "# 5 new, 0 there already"];
+  assertEquals(printed.trim().split("\n"), expected);
+  const after = await tables(node);
+  // What is printed does the same by hand.
+  await succeed(node, `${PEER} --delete`);
+  await node.sh("sysctl -qw net.ipv4.ip_forward=0");
+  assertEquals(await tables(node), before);
+  await node.sh(printed);
+  assertEquals(await tables(node), after);
 });
 
-Deno.test("node-setup.ts twice is once, and --delete takes it back", async () => {
+/** Flags, and what the tables then have. */
+const FLAGS: [flags: string, rule: RegExp][] = [
+  [PEER, /^-A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/m],
+  [`${PEER} ${THIRD}`, /^10\.240\.2\.0\/24 via 10\.0\.2\.16 dev enp0s3/m],
+  ["--peer 10.0.2.14=10.250.0.0/16", /^10\.250\.0\.0\/16 via 10\.0\.2\.14/m],
+  [`${PEER} --podcidr 10.240.1.0/24`, /^-A FORWARD -s 10\.240\.1\.0\/24/m],
+  [`${PEER} --conf /etc/other`, /^-A FORWARD -s 10\.240\.1\.0\/24/m],
+  [`${PEER} --bridge br1`, /-s 10\.240\.0\.0\/24 ! -o br1 -j MASQUERADE/],
+  [`${PEER} --dev enp0s8`, /^10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s8/m],
+  ["--only forward --only masquerade", /^(?!.* via 10.0.2.14).*! -o cni0/s],
+  [`${PEER} --only routes`, /^(?!.*10\.240\.0).*\n10\.240\.1\.0\/24 via/s],
+  [
+    `${PEER} ${THIRD} --keep-source`,
+    /-d 10\.240\.2\.0\/24 -j RETURN.*-d 10\.240\.1\.0\/24 -j RETURN.*cni0/s,
+  ],
+];
+
+Deno.test("node-setup.ts twice is once; --delete takes it back", async () => {
   await using node = await start();
-  await node.sh(`iptables -A FORWARD -s 10.9.0.0/24 -j ACCEPT
-    iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE
-    sysctl -qw net.ipv4.ip_forward=1`);
+  await node.sh(`sysctl -qw net.ipv4.ip_forward=1
+    echo '{ "podcidr": "10.240.1.0/24" }' > /etc/other`);
   const before = await tables(node);
-  for (
-    const flags of [
-      PEER,
-      `${PEER} --keep-source`,
-      "--only masquerade --only forward",
-      "--peer 10.0.2.14=10.250.0.0/16 --peer 10.0.2.16=10.251.0.0/16",
-      `${PEER} --podcidr 10.240.0.0/24 --bridge br1 --dev enp0s3`,
-    ]
-  ) {
-    assertEquals((await setup(node, flags)).code, 0, flags);
+  for (const [flags, rule] of FLAGS) {
+    await succeed(node, flags);
     const once = await tables(node);
-    assert(once !== before, flags);
-    const { stdout } = await setup(node, flags);
-    assertMatch(stdout, /^# 0 new, \d+ there already\n$/, flags);
+    assertMatch(once, rule, flags);
+    assertMatch(await succeed(node, flags), /^# 0 new, \d there already\n$/);
     assertEquals(await tables(node), once, flags);
-    assertEquals((await setup(node, `${flags} --delete`)).code, 0, flags);
+    assertMatch(await succeed(node, `${flags} --delete`), /, 0 not there\n$/);
     assertEquals(await tables(node), before, flags);
-    const again = await setup(node, `${flags} --delete`);
-    assertMatch(again.stdout, /^# 0 taken back, \d+ not there\n$/, flags);
   }
+  const again = await succeed(node, `${PEER} --delete`);
+  assertEquals(again, "# 0 taken back, 4 not there\n");
+  assertEquals(await tables(node), before);
+});
+
+Deno.test("node-setup.ts --keep-source lasts until --delete", async () => {
+  await using node = await start();
+  await node.sh("sysctl -qw net.ipv4.ip_forward=1");
+  const before = await tables(node);
+  for (const flags of [PEER, `${PEER} --keep-source`, PEER]) {
+    await succeed(node, flags);
+  }
+  const third = await succeed(node, `${PEER} ${THIRD} --keep-source`);
+  assertMatch(third, /^ip route .*\n.*-d 10\.240\.2\.0\/24 -j RETURN\n# 2 new/);
+  await succeed(node, `${THIRD} --only masquerade --delete --keep-source`);
+  assertMatch(await tables(node), /-d 10\.240\.1\.0\/24 -j RETURN/);
+  await succeed(node, `${PEER} ${THIRD} --delete`);
+  assertEquals(await tables(node), before);
 });
 
 Deno.test("node-setup.ts --dry-run prints, and changes nothing", async () => {
   await using node = await start();
   const before = await tables(node);
-  const { code, stdout } = await setup(node, `${PEER} --dry-run`);
-  assertEquals(code, 0);
-  for (const rule of RULES) assert(stdout.includes(rule), stdout);
+  assertEquals(await succeed(node, `${PEER} --dry-run`), lines(COMMANDS));
+  const source = await succeed(
+    node,
+    `${PEER} ${THIRD} --dry-run --keep-source`,
+  );
+  assertMatch(source, /-d 10\.240\.1\.0\/24,10\.240\.2\.0\/24 -j RETURN/);
   assertEquals(await tables(node), before);
+  await succeed(node, PEER);
+  const after = await tables(node);
+  const back = await succeed(node, `${PEER} --dry-run --delete`);
+  assertMatch(back, /^iptables -t nat -D .*MASQUERADE$/m);
+  assertMatch(back, /^ip route del 10.240.1.0\/24 via 10.0.2.14 dev enp0s3$/m);
+  assertEquals(await tables(node), after);
 });
+
+const lines = (list: string[]) => list.join("\n") + "\n";
 
 Deno.test("node-setup.ts --help tells of each flag", async () => {
   const { code, stdout } = await run([...SCRIPT, "--help"]);
@@ -104,187 +170,288 @@ Deno.test("node-setup.ts --help tells of each flag", async () => {
 
 /** What is refused: the flags, the exit status, what the error says. */
 const REFUSED: [flags: string, code: number, says: RegExp][] = [
-  ["", 2, /peer/],
-  [`${PEER} --what`, 2, /--what/],
-  [`${PEER} what`, 2, /what/],
+  ["", 2, /--peer or --nodes/],
+  ["--only masquerade --keep-source", 2, /--peer or --nodes/],
+  [`${PEER} --what`, 2, /"--what"/],
+  [`${PEER} what`, 2, /"what"/],
   ["--peer", 2, /--peer/],
-  [`${PEER} --only nothing`, 2, /nothing/],
-  ["--peer 10.0.2", 1, /10\.0\.2/],
-  ["--peer 10.0.2.14=10.240.1.0", 1, /10\.240\.1\.0/],
-  ["--peer 10.0.2.14=10.240.1.5/24", 1, /10\.240\.1\.5\/24/],
-  ["--peer 10.0.2.14=10.240.0.0/16", 1, /overlaps/],
-  ["--peer 10.0.2.14=10.0.2.0/24", 1, /overlaps/],
+  [`${PEER} --dev --delete`, 2, /--dev/],
+  [`${PEER} --only nothing`, 2, /"nothing".*forward/s],
+  ["--peer 10.0.2", 1, /"10\.0\.2"/],
+  ["--peer 10.0.2.014", 1, /"10\.0\.2\.014"/],
+  ["--peer 10.0.2.14=", 1, /podcidr ""/],
+  ["--peer 10.0.2.14=10.240.1.0", 1, /"10\.240\.1\.0"/],
+  ["--peer 10.0.2.14=10.240.1.5/24", 1, /"10\.240\.1\.5\/24"/],
+  ["--peer 10.0.2.14=10.240.0.0/16", 1, /overlaps 10\.240\.0\.0\/24/],
+  ["--peer 10.0.2.14=10.0.2.0/24", 1, /overlaps 10\.0\.2\.15\/24/],
   ["--peer 10.0.2.15", 1, /this node/],
   ["--peer 127.0.0.1", 1, /this node/],
-  ["--peer 192.0.2.1", 1, /neighbour/],
-  [`${PEER} --peer 10.0.2.16`, 1, /overlaps/],
-  [`${PEER} --podcidr 10.9.0.0/24`, 1, /CIDR/],
-  [`${PEER} --podcidr nonsense`, 1, /nonsense/],
+  ["--peer 10.0.2.255", 1, /broadcast/],
+  ["--peer 192.0.2.1", 1, /neighbour.*10\.0\.2\.2/s],
+  ["--peer 198.51.100.1", 1, /"198\.51\.100\.1" can't be reached/],
+  [`${PEER} --peer 10.0.2.16`, 1, /overlaps 10\.240\.1\.0\/24/],
+  [`${PEER} --podcidr 10.9.0.0/24`, 1, /--peer 10\.0\.2\.14=CIDR/],
+  [`${PEER} --podcidr nonsense`, 1, /"nonsense"/],
   [`${PEER} --dev none0`, 1, /none0/],
-  [`${PEER} --bridge a/b`, 1, /a\/b/],
-  [`${PEER} --conf /none.conf`, 1, /\/none\.conf/],
-  [`${PEER} --conf /etc/hostname`, 1, /\/etc\/hostname/],
-  ["--nodes /none.json", 1, /\/none\.json/],
-  ["--nodes -", 1, /nodes|-/],
+  [`${PEER} --bridge a/b`, 1, /"a\/b"/],
+  [`${PEER} --conf /none.conf`, 1, /"\/none\.conf".*--podcidr/s],
+  [`${PEER} --conf /etc/hostname`, 1, /"\/etc\/hostname"/],
+  [`${PEER} --conf /etc/empty`, 1, /podcidr is missing/],
+  ["--nodes /none.json", 1, /"\/none\.json"/],
+  ["--nodes /etc/empty", 1, /items/],
+  ["--nodes -", 1, /"-"/],
 ];
 
-Deno.test("node-setup.ts refuses with a reason, and changes nothing", async () => {
+Deno.test("node-setup.ts changes nothing if it refuses", async () => {
   await using node = await start();
+  await node.sh(`echo '{}' > /etc/empty
+    ip route add unreachable 198.51.100.0/24`);
   const before = await tables(node);
   for (const [flags, status, says] of REFUSED) {
-    const { code, stdout, stderr } = await setup(node, flags, "{}");
+    const { code, stdout, stderr } = await setup(node, flags);
     assertEquals([code, stdout], [status, ""], `${flags}: ${stderr}`);
-    assertMatch(stderr, says, flags);
     assertMatch(stderr, /^Error: /, flags);
+    assertMatch(stderr, says, flags);
   }
-  await node.sh("ip route del default");
-  assertEquals((await setup(node, "--peer 192.0.2.1")).code, 1);
-  await node.sh("ip route add default via 10.0.2.2");
   assertEquals(await tables(node), before);
 });
 
-Deno.test("node-setup.ts leaves a foreign route to the peer's pods", async () => {
+Deno.test("node-setup.ts tells who it is and what it needs", async () => {
   await using node = await start();
-  await node.sh("ip route add 10.240.1.0/24 via 10.0.2.99");
   const before = await tables(node);
-  for (const flags of [PEER, `${PEER} --delete`]) {
-    const { code, stderr } = await setup(node, flags);
-    assertEquals(code, flags === PEER ? 1 : 0, stderr);
+  const user = (flags: string) =>
+    run(node.enter("unshare", "-U", ...SCRIPT, ...flags.split(" ")));
+  const { code, stderr } = await user(PEER);
+  assertEquals(code, 1);
+  assertMatch(stderr, /^Error: Only root .*--dry-run/s);
+  assertEquals((await user(`${PEER} --dry-run`)).stdout, lines(COMMANDS));
+
+  const tools = ["ip", "iptables", "sysctl"];
+  for (const missing of tools) {
+    const others = tools.filter((tool) => tool !== missing).join(" ");
+    await node.sh(`rm -rf /opt/tools; mkdir /opt/tools
+      for t in ${others}; do ln -s $(command -v $t) /opt/tools; done`);
+    const words = ["env", "PATH=/opt/tools", ...SCRIPT, ...PEER.split(" ")];
+    const { code, stderr } = await node.run(...words);
+    assertEquals(code, 1);
+    assertMatch(stderr, new RegExp(`^Error: "${missing}" is not on the PATH`));
+  }
+  assertEquals(await tables(node), before);
+});
+
+Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
+  await using node = await start();
+  for (
+    const route of [
+      "10.240.1.0/24 via 10.0.2.99 dev enp0s3",
+      "10.240.1.0/24 via 10.0.2.14 dev enp0s3 proto static metric 9",
+      "blackhole 10.240.1.0/24",
+    ]
+  ) {
+    await node.sh(`ip route add ${route}`);
+    const before = await tables(node);
+    const { code, stderr } = await setup(node, PEER);
+    assertEquals(code, 1);
+    assert(stderr.includes(`ip route del ${route}`), stderr);
+    await succeed(node, `${PEER} --delete`);
     assertEquals(await tables(node), before);
+    await node.sh(`ip route del ${route}`);
   }
 });
 
-Deno.test("node-setup.ts takes back what it did if a command fails", async () => {
+/** Programs that fail, some of them after they have done their work. */
+const FAULTS: [program: string, script: string][] = [
+  ["sysctl", '[ "$1" != -w ] || { sysctl "$@"; exit 1; }'],
+  ["iptables", 'case "$*" in *"-A FORWARD -d"*) exit 4;; esac'],
+  ["iptables", 'case "$*" in *"-I POSTROUTING"*) exit 4;; esac'],
+  ["iptables", 'case "$*" in *MASQ*) iptables "$@"; exit 4;; esac'],
+  ["ip", '[ "$1" != -batch ] || { sed 2s/add/nonsense/ | ip "$@"; exit 1; }'],
+  ["ip", '[ "$1" != -batch ] || { ip "$@"; exit 1; }'],
+];
+
+Deno.test("node-setup.ts takes all back if a command fails", async () => {
   await using node = await start();
-  const path = Deno.env.get("PATH");
+  // That the node had before the first run stays: a part of the commands.
+  await node.sh("iptables -A FORWARD -s 10.240.0.0/24 -j ACCEPT");
   const before = await tables(node);
-  for (const bad of ["-d 10.240.0.0/24 -j ACCEPT", "MASQUERADE", "route"]) {
-    await node.sh("mkdir -p /opt/shims");
-    const shim = bad === "route"
-      ? `case "$*" in *-force*|*get*|*show*|*json*) exec ip "$@";; esac; exit 1`
-      : `case "$*" in *"-A "*"${bad}"*) echo no >&2; exit 1;; esac
-         exec iptables "$@"`;
-    const name = bad === "route" ? "ip" : "iptables";
-    await Deno.writeTextFile(
-      node.path(`/opt/shims/${name}`),
-      `#!/bin/sh\nPATH=${path}\n${shim}\n`,
-      { mode: 0o755 },
-    );
-    const words = [...SCRIPT, ...PEER.split(" ")];
-    const { code, stdout, stderr } = await run(
-      node.enter("env", `PATH=/opt/shims:${path}`, ...words),
-    );
+  for (const [program, script] of FAULTS) {
+    await shim(node, program, script);
+    const flags = `${PEER} ${THIRD} --keep-source`;
+    const { code, stdout, stderr } = await setup(node, flags);
+    assertEquals(code, 1, script);
+    assertMatch(stderr, /^Error: (sysctl|iptables|ip) /, script);
+    assertMatch(stdout, /^sysctl.*# Failed/s, script);
+    assertEquals(await tables(node), before, script);
     await node.sh("rm -r /opt/shims");
-    assertEquals(code, 1, `${bad}: ${stdout}`);
-    assertMatch(stderr, /^Error: /, bad);
-    assertEquals(await tables(node), before, `${bad}: ${stdout}${stderr}`);
   }
+});
+
+Deno.test("node-setup.ts --delete goes on if a command fails", async () => {
+  await using node = await start();
+  const before = await tables(node);
+  await succeed(node, PEER);
+  await shim(node, "iptables", 'case "$*" in *"-D FORWARD -d"*) exit 4;; esac');
+  const { code, stderr } = await setup(node, `${PEER} --delete`);
+  assertEquals(code, 1);
+  assertMatch(stderr, /^Error: iptables -D FORWARD -d 10\.240\.0\.0\/24/);
+  await node.sh(`iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT
+    sysctl -qw net.ipv4.ip_forward=0`);
+  assertEquals(await tables(node), before);
 });
 
 Deno.test("node-setup.ts says which rule drops before its own", async () => {
   await using node = await start();
-  await node.sh("iptables -A FORWARD -j REJECT");
+  const { stderr: nothing } = await setup(node, PEER);
+  assertEquals(nothing, "");
+  await node.sh(`iptables -N DOCKER-USER
+    iptables -I FORWARD -j DOCKER-USER
+    iptables -A DOCKER-USER -j REJECT
+    iptables -A FORWARD -j DROP`);
   const { code, stderr } = await setup(node, PEER);
   assertEquals(code, 0);
-  assertMatch(stderr, /-A FORWARD -j REJECT/);
+  assertMatch(stderr, /^Warning: .*-A DOCKER-USER -j REJECT/);
+  assertEquals(stderr.match(/Warning/g)?.length, 1);
 });
 
 Deno.test("verdict() follows chains and passes over partial rules", () => {
-  const rules = [
-    "-P FORWARD DROP",
-    "-N DOCKER-USER",
-    "-A FORWARD -j DOCKER-USER",
-    "-A FORWARD -s 10.240.0.0/24 -j ACCEPT",
-    "-A DOCKER-USER -p tcp -j DROP",
-    "-A DOCKER-USER -i eth9 -j DROP",
-    "-A DOCKER-USER -j RETURN",
-  ];
-  const packet = { "-A": "FORWARD", "-i": "cni0", "-s": "10.240.0.0/24" };
-  assertEquals(verdict(rules, packet), rules[3]);
-  rules[5] = "-A DOCKER-USER ! -i eth9 -j DROP";
-  assertEquals(verdict(rules, packet), rules[5]);
+  const packet = {
+    ...{ "-A": "FORWARD", "-i": "cni0" },
+    "-s": parsePodCIDR("10.240.0.0/24"),
+  };
+  const ours = "-A FORWARD -s 10.240.0.0/24 -j ACCEPT";
+  for (
+    const [rule, isDecisive] of [
+      ["-A DOCKER-USER -j DROP", true],
+      ["-A DOCKER-USER ! -i eth9 -j DROP", true],
+      ["-A DOCKER-USER -s 10.0.0.0/8 -i cni0 -j REJECT --reject-with x", true],
+      ['-A DOCKER-USER -m comment --comment "a -p b" -j DROP', true],
+      ["-A DOCKER-USER -j ACCEPT", true],
+      ["-A DOCKER-USER -p tcp -j DROP", false],
+      ["-A DOCKER-USER -i eth9 -j DROP", false],
+      ["-A DOCKER-USER ! -i cni0 -j DROP", false],
+      ["-A DOCKER-USER -s 10.9.0.0/24 -j DROP", false],
+      ["-A DOCKER-USER -o cni0 -j DROP", false],
+      ["-A DOCKER-USER ! -o cni0 -j DROP", false],
+      ["-A DOCKER-USER -m conntrack --ctstate INVALID -j DROP", false],
+      ["-A DOCKER-USER -j LOG", false],
+      ["-A DOCKER-USER -j RETURN", false],
+      ["-A OTHER -j DROP", false],
+    ] as const
+  ) {
+    const rules = ["-P FORWARD DROP", "-N DOCKER-USER"];
+    rules.push("-A FORWARD -j DOCKER-USER", rule, ours);
+    assertEquals(verdict(rules, packet), isDecisive ? rule : ours, rule);
+  }
 });
 
-/** What `kubectl get nodes -o json` prints of some nodes. */
-function kubectl(nodes: [name: string, ip: string, podCIDR?: string][]) {
-  return JSON.stringify({
-    items: nodes.map(([name, address, podCIDR]) => ({
-      metadata: { name },
-      spec: { podCIDR },
-      status: { addresses: [{ type: "InternalIP", address }] },
-    })),
-  });
-}
+Deno.test("node-setup.ts --nodes finds this node in the list", async () => {
+  await using node = await start();
+  const peer = ["a", "10.0.2.14", "10.240.1.0/24"] as const;
+  const before = await tables(node);
+  for (
+    const [list, says] of [
+      [kubectl([...peer]), /must be this node, not none/],
+      [kubectl(["node2", "10.0.2.9"], ["b", "10.0.2.15"]), /"node2" and "b"/],
+      [
+        kubectl(["b", "10.0.2.15", "10.9.0.0/24"]),
+        /10\.240\.0\.0.*10\.9\.0\.0/,
+      ],
+    ] as const
+  ) {
+    const { code, stderr } = await setup(node, "--nodes -", list);
+    assertEquals(code, 1);
+    assertMatch(stderr, says);
+  }
+  assertEquals(await tables(node), before);
+  for (
+    const own of [["node2", "10.0.2.9"], ["b", "10.0.2.15"]] as const
+  ) {
+    const list = kubectl([...own], [...peer], ["new", "10.0.2.77"]);
+    const { stdout, stderr } = await setup(node, "--nodes - --dry-run", list);
+    assertEquals(stdout, lines(COMMANDS));
+    assertMatch(stderr, /^Skipped node "new".*\n$/);
+  }
+  await node.sh("rm /etc/cni/net.d/*");
+  const list = kubectl(["node2", "10.0.2.15", "10.240.0.0/24"], [...peer]);
+  await Deno.writeTextFile(node.path("/etc/nodes.json"), list);
+  const printed = await succeed(node, "--nodes /etc/nodes.json --dry-run");
+  assertEquals(printed, lines(COMMANDS));
+});
 
 Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
   await using node = await start();
+  await node.sh("sysctl -qw net.ipv4.ip_forward=1");
   const before = await tables(node);
-  const nodes = Array.from({ length: 1000 }, (_, i) =>
-    [
+  const nodes = Array.from(
+    { length: 1000 },
+    (_, i): [string, string, string] => [
       `n${i}`,
-      `10.0.2.${16 + i % 200}`,
+      `10.0.2.${16 + i % 90}`,
       `10.${100 + (i >> 8)}.${i & 255}.0/24`,
-    ] as [string, string, string]);
-  nodes.push(["node2", "10.0.2.15", "10.240.0.0/24"]);
-  const list = kubectl([...nodes, ["new", "10.0.2.250"]]);
-  // A shim counts how often `ip` starts to change something.
-  const path = Deno.env.get("PATH");
-  await node.sh("mkdir -p /opt/shims");
-  await Deno.writeTextFile(
-    node.path("/opt/shims/ip"),
-    `#!/bin/sh\necho "$@" >> /opt/calls\nPATH=${path} exec ip "$@"\n`,
-    { mode: 0o755 },
+    ],
   );
-  const words = [...SCRIPT, "--nodes", "-"];
-  const { code, stdout, stderr } = await run(
-    node.enter("env", `PATH=/opt/shims:${path}`, ...words),
-    { stdin: list },
+  const list = kubectl(
+    ...nodes,
+    ["node2", "10.0.2.15", "10.240.0.0/24"],
   );
-  assertEquals(code, 0, stderr);
-  assertMatch(stderr, /"new"/);
-  assertMatch(stdout, /# 1004 new/);
-  const calls = await Deno.readTextFile(node.path("/opt/calls"));
-  assert(calls.trim().split("\n").length <= 4, calls);
+  for (const tool of ["ip", "iptables"]) {
+    await shim(node, tool, `echo "${tool} $*" >> /opt/calls`);
+  }
+  const flags = "--nodes - --keep-source";
+  assertMatch(await succeed(node, flags, list), /# 1004 new, 1 there/);
   assertEquals(await node.sh("ip route | grep -c via"), "1001");
-  assertEquals((await setup(node, "--nodes - --delete", list)).code, 0);
-  await node.sh("sysctl -qw net.ipv4.ip_forward=0");
+  const once = await tables(node);
+  assertMatch(await succeed(node, flags, list), /# 0 new, 1004 there/);
+  assertEquals(await tables(node), once);
+  await succeed(node, `${flags} --delete`, list);
   assertEquals(await tables(node), before);
+  const calls = (await node.sh("cat /opt/calls")).split("\n");
+  assertEquals(calls.filter((call) => /^ip .*-batch/.test(call)).length, 4);
+  assert(calls.length < 40, calls.join("\n"));
 });
 
 Deno.test("node-setup.ts --nodes joins the pods of three nodes", async () => {
-  await using router = await Node.start("router", null);
-  await router.sh("ip link add br0 up type bridge");
-  const nodes: Node[] = [];
   await using stack = new AsyncDisposableStack();
+  const router = stack.use(await Node.start("router", null));
+  await router.sh("ip link add br0 up type bridge");
   const list = kubectl(
-    [1, 2, 3].map((n) => [`n${n}`, `10.0.2.${n}`, `10.240.${n}.0/24`]),
+    ["n1", "10.0.2.1", "10.240.1.0/24"],
+    ["n2", "10.0.2.2", "10.240.2.0/24"],
+    ["n3", "10.0.2.3", "10.240.3.0/24"],
   );
+  const nodes: Node[] = [];
   for (const n of [1, 2, 3]) {
     const conf = { ...CONF, podcidr: `10.240.${n}.0/24` };
     const node = stack.use(await Node.start(`n${n}`, conf));
-    nodes.push(node);
     await router.sh(`
       ip link add n${n} type veth peer name enp0s3 netns ${node.pid}
       ip link set n${n} up master br0`);
     await node.sh(`ip link set enp0s3 up
       ip addr add 10.0.2.${n}/24 dev enp0s3
+      sysctl -qw net.bridge.bridge-nf-call-iptables=1
       iptables -P FORWARD DROP`);
+    nodes.push(node);
   }
   const pods = await Promise.all(nodes.map((node) => node.start("pod")));
   const reach = async (from: number, to: number) => {
     const address = pods[to].json.ips[0].address.split("/")[0];
-    const ping = ["ping", "-c1", "-W1", address];
+    const ping = ["ping", "-c1", "-W2", address];
     const { code } = await run(nodes[from].enterPod(pods[from], ...ping));
     return code === 0;
   };
   assert(!await reach(0, 1));
-  for (const node of nodes) {
-    const { code, stderr } = await setup(node, "--nodes -", list);
-    assertEquals(code, 0, stderr);
-  }
-  for (const from of [0, 1, 2]) {
-    for (const to of [0, 1, 2].filter((to) => to !== from)) {
-      assert(await reach(from, to), `n${from + 1} to n${to + 1}`);
+  // Counts the requests that n2 gets with the address of n1's pod as source.
+  const rule = "-s 10.240.1.2/32 -p icmp -m icmp --icmp-type 8";
+  await nodes[1].sh(`iptables -A FORWARD ${rule}`);
+  const seen = () => nodes[1].sh(`iptables -vS FORWARD | grep -e '${rule}'`);
+  for (const flags of ["--nodes -", "--nodes - --keep-source"]) {
+    for (const node of nodes) await succeed(node, flags, list);
+    for (const from of [0, 1, 2]) {
+      for (const to of [0, 1, 2].filter((to) => to !== from)) {
+        assert(await reach(from, to), `${flags}: n${from + 1} to n${to + 1}`);
+      }
     }
+    const isKept = flags.includes("--keep-source");
+    assertMatch(await seen(), isKept ? /-c [1-9]/ : /-c 0 0/);
   }
 });
