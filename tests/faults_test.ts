@@ -222,18 +222,21 @@ Deno.test("a long life gives no address twice at a time", async () => {
   const conf = { ...CONF, podcidr: "10.240.0.0/26" };
   await using node = await Node.start("node2", conf);
   const live = new Map<string, Pod>();
+  let calls = 0;
   // A sequence that looks random and is the same each time (Park and Miller).
   let seed = 42;
   const random = () => (seed = seed * 48271 % 2147483647) / 2147483647;
   const end = async (address: string) => {
     const pod = live.get(address)!;
     assertEquals((await node.cni("DEL", pod)).code, 0);
+    calls++;
     await node.remove(pod);
     live.delete(address);
   };
   for (let round = 0; round < SIZE.rounds; round++) {
     if (live.size < SIZE.pods * random()) {
       const pod = await node.start("pod");
+      calls++;
       const { address } = pod.json.ips[0];
       assert(!live.has(address), `${address} is given twice`);
       live.set(address, pod);
@@ -243,6 +246,8 @@ Deno.test("a long life gives no address twice at a time", async () => {
   }
   for (const address of [...live.keys()]) await end(address);
   assertEquals(await node.sh("ip link show type veth; ls /run/netns"), "");
+  const log = await Deno.readTextFile(node.path("/var/log/cni.log"));
+  assertEquals(log.match(/\n/g)?.length, calls);
   count("rounds of ADD or DEL", SIZE.rounds);
 });
 
