@@ -13,7 +13,7 @@ const THIRD = "--peer 10.0.2.16=10.240.2.0/24";
 /** A node as in the tutorial: node2, with a way to its peer. */
 async function start(): Promise<Node> {
   const node = await Node.start("node2", CONF);
-  await node.sh(`ip link add enp0s3 up type bridge
+  await node.sh(`ip link add enp0s3 up type veth peer name unplugged
     ip addr add 10.0.2.15/24 dev enp0s3
     ip link add enp0s8 up type bridge
     ip addr add 10.0.2.115/24 dev enp0s8 metric 200
@@ -89,7 +89,10 @@ Deno.test("node-setup.ts prints and runs the tutorial's commands", async () => {
 /** Flags, and what the tables then have. */
 const FLAGS: [flags: string, rule: RegExp][] = [
   [PEER, /^-A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/m],
-  [`${PEER} ${THIRD}`, /^10\.240\.2\.0\/24 via 10\.0\.2\.16 dev enp0s3/m],
+  [
+    `${PEER} ${PEER} ${THIRD}`,
+    /^10\.240\.2\.0\/24 via 10\.0\.2\.16 dev enp0s3/m,
+  ],
   ["--peer 10.0.2.14=10.250.0.0/16", /^10\.250\.0\.0\/16 via 10\.0\.2\.14/m],
   [`${PEER} --podcidr 10.240.1.0/24`, /^-A FORWARD -s 10\.240\.1\.0\/24/m],
   [`${PEER} --conf /etc/other`, /^-A FORWARD -s 10\.240\.1\.0\/24/m],
@@ -150,7 +153,7 @@ Deno.test("node-setup.ts --dry-run prints, and changes nothing", async () => {
   await succeed(node, PEER);
   const after = await tables(node);
   const back = await succeed(node, `${PEER} --dry-run --delete`);
-  assertMatch(back, /^iptables -t nat -D .*MASQUERADE$/m);
+  assertMatch(back, /^iptables -t nat -D .*MASQUERADE\n/);
   assertMatch(back, /^ip route del 10.240.1.0\/24 via 10.0.2.14 dev enp0s3$/m);
   assertEquals(await tables(node), after);
 });
@@ -182,8 +185,10 @@ const REFUSED: [flags: string, code: number, says: RegExp][] = [
   ["--peer 10.0.2.14=", 1, /podcidr ""/],
   ["--peer 10.0.2.14=10.240.1.0", 1, /"10\.240\.1\.0"/],
   ["--peer 10.0.2.14=10.240.1.5/24", 1, /"10\.240\.1\.5\/24"/],
-  ["--peer 10.0.2.14=10.240.0.0/16", 1, /overlaps 10\.240\.0\.0\/24/],
+  ["--peer 10.0.2.14=10.240.0.0/16", 1, /overlaps 10\.240\.0\.1\/24/],
   ["--peer 10.0.2.14=10.0.2.0/24", 1, /overlaps 10\.0\.2\.15\/24/],
+  ["--peer 10.240.0.7=10.250.0.0/24", 1, /pod/],
+  [`${THIRD} ${PEER} --peer 10.0.2.17=10.240.2.0/24`, 1, /overlaps 10\.240\.2/],
   ["--peer 10.0.2.15", 1, /this node/],
   ["--peer 127.0.0.1", 1, /this node/],
   ["--peer 10.0.2.255", 1, /broadcast/],
@@ -205,6 +210,8 @@ const REFUSED: [flags: string, code: number, says: RegExp][] = [
 Deno.test("node-setup.ts changes nothing if it refuses", async () => {
   await using node = await start();
   await node.sh(`echo '{}' > /etc/empty
+    ip link add cni0 up type bridge
+    ip addr add 10.240.0.1/24 dev cni0
     ip route add unreachable 198.51.100.0/24`);
   const before = await tables(node);
   for (const [flags, status, says] of REFUSED) {
@@ -236,6 +243,10 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
     assertEquals(code, 1);
     assertMatch(stderr, new RegExp(`^Error: "${missing}" is not on the PATH`));
   }
+  await shim(node, "iptables", "exit 4");
+  const cannot = await setup(node, PEER);
+  assertMatch(cannot.stderr, /^Error: Cannot look .*"iptables -S FORWARD"/);
+  assertEquals(cannot.stdout, "");
   assertEquals(await tables(node), before);
 });
 
@@ -259,28 +270,33 @@ Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
   }
 });
 
-/** Programs that fail, some of them after they have done their work. */
-const FAULTS: [program: string, script: string][] = [
-  ["sysctl", '[ "$1" != -w ] || { sysctl "$@"; exit 1; }'],
-  ["iptables", 'case "$*" in *"-A FORWARD -d"*) exit 4;; esac'],
-  ["iptables", 'case "$*" in *"-I POSTROUTING"*) exit 4;; esac'],
-  ["iptables", 'case "$*" in *MASQ*) iptables "$@"; exit 4;; esac'],
-  ["ip", '[ "$1" != -batch ] || { sed 2s/add/nonsense/ | ip "$@"; exit 1; }'],
-  ["ip", '[ "$1" != -batch ] || { ip "$@"; exit 1; }'],
+/** Commands that fail, some after their work, and how a shim makes them. */
+const FAULTS: [command: string, script: string][] = [
+  ["sysctl -w", '[ "$1" != -w ] || { sysctl "$@"; exit 1; }'],
+  ["iptables -A FORWARD -d", 'case "$*" in *"-A FORWARD -d"*) exit 4;; esac'],
+  ["iptables -t nat -I", 'case "$*" in *"-I POSTROUTING"*) exit 4;; esac'],
+  ["iptables -t nat -A", 'case "$*" in *MASQ*) iptables "$@"; exit 4;; esac'],
+  [
+    "ip route add 10.240.2.0/24",
+    '[ "$1" != -batch ] || { sed 2s/enp0s3/none0/ | ip "$@"; exit 1; }',
+  ],
+  ["ip route add", '[ "$1" != -batch ] || { ip "$@"; exit 1; }'],
 ];
 
 Deno.test("node-setup.ts takes all back if a command fails", async () => {
   await using node = await start();
-  // That the node had before the first run stays: a part of the commands.
+  // A part of it the node had already: that stays.
   await node.sh("iptables -A FORWARD -s 10.240.0.0/24 -j ACCEPT");
   const before = await tables(node);
-  for (const [program, script] of FAULTS) {
-    await shim(node, program, script);
+  for (const [command, script] of FAULTS) {
+    await shim(node, command.split(" ")[0], script);
     const flags = `${PEER} ${THIRD} --keep-source`;
     const { code, stdout, stderr } = await setup(node, flags);
     assertEquals(code, 1, script);
-    assertMatch(stderr, /^Error: (sysctl|iptables|ip) /, script);
+    assert(stderr.startsWith(`Error: ${command}`), stderr);
+    // It stops at what failed.
     assertMatch(stdout, /^sysctl.*# Failed/s, script);
+    assert(!stdout.includes("MASQ") || script.includes("MASQ"), stdout);
     assertEquals(await tables(node), before, script);
     await node.sh("rm -r /opt/shims");
   }
@@ -289,12 +305,16 @@ Deno.test("node-setup.ts takes all back if a command fails", async () => {
 Deno.test("node-setup.ts --delete goes on if a command fails", async () => {
   await using node = await start();
   const before = await tables(node);
-  await succeed(node, PEER);
+  await succeed(node, `${PEER} ${THIRD}`);
   await shim(node, "iptables", 'case "$*" in *"-D FORWARD -d"*) exit 4;; esac');
-  const { code, stderr } = await setup(node, `${PEER} --delete`);
+  const other = '[ "$1" != -force ] || { sed 1s/240/9/ | ip "$@"; exit; }';
+  await shim(node, "ip", other);
+  const { code, stderr } = await setup(node, `${PEER} ${THIRD} --delete`);
   assertEquals(code, 1);
-  assertMatch(stderr, /^Error: iptables -D FORWARD -d 10\.240\.0\.0\/24/);
+  assertMatch(stderr, /^Error: ip route del 10\.240\.2\.0\/24 .*\n/);
+  assertMatch(stderr, /^iptables -D FORWARD -d 10\.240\.0\.0\/24/m);
   await node.sh(`iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT
+    ip route del 10.240.2.0/24
     sysctl -qw net.ipv4.ip_forward=0`);
   assertEquals(await tables(node), before);
 });
@@ -407,7 +427,10 @@ Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
   assertEquals(await tables(node), before);
   const calls = (await node.sh("cat /opt/calls")).split("\n");
   assertEquals(calls.filter((call) => /^ip .*-batch/.test(call)).length, 4);
-  assert(calls.length < 40, calls.join("\n"));
+  // And iptables waits for its turn.
+  const iptables = calls.filter((call) => call.startsWith("iptables "));
+  assert(iptables.every((call) => call.startsWith("iptables -w -")));
+  assert(iptables.length < 30, iptables.join("\n"));
 });
 
 Deno.test("node-setup.ts --nodes joins the pods of three nodes", async () => {
