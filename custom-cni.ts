@@ -26,6 +26,7 @@ const CONF_DIR = "/etc/cni/net.d";
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]*$/;
 const POD = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"];
+const PATIENCE = 30; // seconds for `ip`: a kubelet waits four minutes for us
 
 /** The verbs about a network: since which version, with which variables. */
 const VERBS: Record<
@@ -515,8 +516,7 @@ class Ip {
    * Sends lines, of which the last is a `show`: its answer tells that all are
    * done. Without -force `ip` ends at the first line that fails.
    *
-   * @throws {CNIError} 100 with that line; or if there is no answer within ten
-   * seconds, since a kubelet waits for ours.
+   * @throws {CNIError} 100 with that line, or if there is no answer in time.
    */
   async ask(...lines: string[]): Promise<Link[][]> {
     this.done = lines.length;
@@ -524,7 +524,7 @@ class Ip {
     // If it has ended, the missing answer tells.
     this.#stdin.write(bytes).catch(() => {});
     const late = new Promise<undefined>((end) =>
-      setTimeout(end, 10_000, undefined)
+      setTimeout(end, PATIENCE * 1000, undefined)
     );
     const answers: Link[][] = [];
     for (const _ of lines.filter((line) => /^\w+ show/.test(line))) {
@@ -537,7 +537,8 @@ class Ip {
         const failed = /failed -:(\d+)/.exec(stderr ?? "")?.[1];
         if (failed) this.done = Number(failed) - 1 - this.#before;
         const line = lines[this.done] ?? lines[0];
-        fail(100, `ip ${line}`, stderr?.trim() ?? "no answer in 10 seconds");
+        const hangs = `no answer in ${PATIENCE} seconds`;
+        fail(100, `ip ${line}`, stderr?.trim() ?? hangs);
       }
     }
     this.#before += lines.length;
