@@ -92,13 +92,16 @@ interface Link {
 /** A line for `ip -batch`, and the line that takes it back. */
 type Step = [line: string, undo?: string];
 
+/** A veth pair: its end on the host, and the address for that in the pod. */
+type Veth = { hostEnd: Link; address: string };
+
 /** ADD: gives the pod its interface, address and route, or leaves nothing. */
 async function add(call: Call): Promise<Answer> {
   const { containerID, netns, ifname, conf } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
   await ensureDir(NETNS_DIR);
-  const host = new Ip("-json");
+  const host = new Ip("-4", "-json");
   const pod = inPod(netns);
   const [podLinks] = await pod.ask("link show").catch((error) => {
     if (!/network namespace/.test(error.details)) throw error;
@@ -115,46 +118,71 @@ async function add(call: Call): Promise<Answer> {
   // One ADD at a time on the node, until this one ends: no two take the same
   // number, and none removes a bridge that another one has just joined.
   using counter = await ipam.lockCounter();
-  const { bridge, used } = await lookAtNode(host, podCIDR);
+  const bridge = await lookAtBridge(host, podCIDR);
 
   // The bridge, with a MAC of its own: else it has that of one of its ports,
   // and changes it when that pod ends, while others' ARP knows the old one.
   const bridgeMac = bridge?.address ?? macOf(gateway);
-  const steps: Step[] = [];
+  const bridgeSteps: Step[] = [];
   if (!bridge) {
     const line = `link add ${BRIDGE} address ${bridgeMac} type bridge`;
-    steps.push([line, `link del ${BRIDGE}`]);
+    bridgeSteps.push([line, `link del ${BRIDGE}`]);
   }
   if (!isUp(bridge)) {
-    steps.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
+    bridgeSteps.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
   }
   if (!hasAddress(bridge, gateway)) {
     const where = `${gateway}/${podCIDR.prefix} dev ${BRIDGE}`;
-    steps.push([`addr add ${where}`, `addr del ${where}`]);
+    bridgeSteps.push([`addr add ${where}`, `addr del ${where}`]);
   }
 
-  // The number n: the pod's address ends in it, and its host end is vethN.
-  const n = ipam.nextNumber(counter, podCIDR, used);
-  const podIP = ipam.address(podCIDR, n);
-  const address = `${podIP}/${podCIDR.prefix}`;
-  const veth = `veth${n}`;
+  const undo: string[] = [];
+  /** Does steps up to a `show`, and notes what takes back those that it did. */
+  const take = async (host: Ip, steps: Step[], show: string) => {
+    const lines = [...steps.map(([line]) => line), show];
+    const answers = await host.ask(...lines).finally(() => {
+      undo.push(...steps.slice(0, host.done).flatMap(([, line]) => line ?? []));
+    });
+    return answers[0][0];
+  };
 
-  // The veth pair. The pod's end is born in the pod, so the node may have an
-  // eth0 of its own. Its MAC follows from the address: whoever has the address
-  // in an ARP cache reaches the new pod too. Hairpin lets a pod reach itself
-  // through its own Service.
-  const peer = `peer name ${ifname} address ${macOf(podIP)} netns "${netns}"`;
-  steps.push(
-    [`link add ${veth} type veth ${peer}`, `link del ${veth}`],
-    [`link set ${veth} alias ${call.alias}`],
-    [`link set ${veth} up`],
-    [`link set ${veth} master ${BRIDGE}`],
-    [`link set ${veth} type bridge_slave hairpin on`],
-    [`link show dev ${veth}`],
-  );
+  /**
+   * The number n: the pod's address ends in it, and its host end is vethN. All
+   * links are a long list on a full node, so they are looked through only if
+   * the kernel tells that this vethN exists already.
+   */
+  const addVeth = async (host: Ip, used?: Set<number>): Promise<Veth> => {
+    const n = ipam.nextNumber(counter, podCIDR, used);
+    const podIP = ipam.address(podCIDR, n);
+    const veth = `veth${n}`;
+    // The veth pair. The pod's end is born in the pod, so the node may have an
+    // eth0 of its own. Its MAC follows from the address: whoever has the
+    // address in an ARP cache reaches the new pod too. Hairpin lets a pod reach
+    // itself through its own Service.
+    const peer = `peer name ${ifname} address ${macOf(podIP)} netns "${netns}"`;
+    const steps: Step[] = [
+      [`link add ${veth} type veth ${peer}`, `link del ${veth}`],
+      [`link set ${veth} alias ${call.alias}`],
+      [`link set ${veth} up`],
+      [`link set ${veth} master ${BRIDGE}`],
+      [`link set ${veth} type bridge_slave hairpin on`],
+    ];
+    try {
+      const hostEnd = await take(host, steps, `link show dev ${veth}`);
+      return { hostEnd, address: `${podIP}/${podCIDR.prefix}` };
+    } catch (error) {
+      if (used || !/File exists/.test((error as CNIError).details)) throw error;
+      const another = new Ip("-4", "-json"); // the first one has ended
+      return await addVeth(another, await usedNumbers(another, podCIDR));
+    }
+  };
+
   let naming = Promise.resolve(false);
   try {
-    const [[hostEnd]] = await host.ask(...steps.map(([line]) => line));
+    if (bridgeSteps.length) {
+      await take(host, bridgeSteps, `link show dev ${BRIDGE}`);
+    }
+    const { hostEnd, address } = await addVeth(host);
     // The kernel tells the peer's namespace only if it is another one.
     if (hostEnd.link_netnsid === undefined) {
       fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
@@ -183,7 +211,7 @@ async function add(call: Call): Promise<Answer> {
       interfaces: [
         ...interfaces,
         { name: ifname, mac: podEnd.address, sandbox: netns },
-        { name: veth, mac: hostEnd.address },
+        { name: hostEnd.ifname, mac: hostEnd.address },
         { name: BRIDGE, mac: bridgeMac },
       ],
       ips: [
@@ -193,9 +221,8 @@ async function add(call: Call): Promise<Answer> {
       routes: [...routes, { dst: "0.0.0.0/0", gw: gateway }],
       dns: conf.dns ?? rest.dns ?? {},
     };
-    return [`${address} ${veth}`, result];
+    return [`${address} ${hostEnd.ifname}`, result];
   } catch (error) {
-    const undo = steps.slice(0, host.done).flatMap(([, line]) => line ?? []);
     try {
       if (await naming.catch(() => false)) Deno.removeSync(name);
       await new Ip("-force", "-json").ask(...undo.reverse(), "link show");
@@ -238,12 +265,12 @@ async function check(call: Call): Promise<Answer> {
   const expect = (isThere: unknown, what: string) =>
     isThere || missing.push(what);
 
-  const host = new Ip("-json");
+  const host = new Ip("-4", "-json");
   const [links] = await host.ask("link show");
   const veth = links.find((link) => link.ifalias === call.alias);
   expect(isUp(veth), `veth with alias ${call.alias} that is up`);
   expect(veth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
-  const { bridge } = await lookAtNode(host, podCIDR);
+  const bridge = await lookAtBridge(host, podCIDR);
   expect(isUp(bridge), `${BRIDGE} that is up`);
   expect(hasAddress(bridge, gateway), `${BRIDGE} with ${gateway}`);
   expect(isNamed(containerID, netns), `name ${containerID} for ${netns}`);
@@ -306,7 +333,9 @@ async function status({ conf }: Call): Promise<Answer> {
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   try {
     ipam.checkCounter();
-    const { used } = await lookAtNode(new Ip("-json"), podCIDR);
+    const host = new Ip("-4", "-json");
+    await lookAtBridge(host, podCIDR);
+    const used = await usedNumbers(host, podCIDR);
     if (used.size >= podCIDR.room) {
       fail(11, `No free address in ${podCIDR.text}`);
     }
@@ -359,7 +388,9 @@ async function doctor(): Promise<void> {
   const [podCIDR] = found;
   if (!podCIDR) return;
   await look(async () => {
-    const { bridge, used } = await lookAtNode(new Ip("-json"), podCIDR);
+    const host = new Ip("-4", "-json");
+    const bridge = await lookAtBridge(host, podCIDR);
+    const used = await usedNumbers(host, podCIDR);
     const gateway = ipam.address(podCIDR, 1);
     const has = hasAddress(bridge, gateway) ? "has" : "will get";
     const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
@@ -552,8 +583,9 @@ class Ip {
       if (done) return undefined;
       this.#text += decoder.decode(value, { stream: true });
     }
-    const [line, ...rest] = this.#text.split("\n");
-    this.#text = rest.join("\n");
+    const end = this.#text.indexOf("\n");
+    const line = this.#text.slice(0, end);
+    this.#text = this.#text.slice(end + 1);
     return line;
   }
 }
@@ -596,17 +628,21 @@ async function removeLinks(host: Ip, links: Link[]): Promise<Link[]> {
 }
 
 /**
- * What the node has already: the bridge, and the numbers whose vethN exists.
+ * The bridge, if it is there.
  *
+ * @param host With -4: the listing then leaves out links without an address.
  * @throws {CNIError} 7 if the node reaches addresses of the range another way.
  */
-async function lookAtNode(host: Ip, podCIDR: ipam.PodCIDR) {
+async function lookAtBridge(
+  host: Ip,
+  podCIDR: ipam.PodCIDR,
+): Promise<Link | undefined> {
   const [links] = await host.ask("addr show");
   const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
   for (const { ifname, addr_info = [] } of links) {
-    for (const { family, local, prefixlen } of addr_info) {
+    for (const { local, prefixlen } of addr_info) {
       const taken = `${local}/${prefixlen}`;
-      if (family !== "inet" || ifname === BRIDGE && taken === gateway) continue;
+      if (ifname === BRIDGE && taken === gateway) continue;
       if (ipam.overlaps(podCIDR, taken)) {
         const why =
           `${ifname} has ${taken}, and ${BRIDGE} is to get ${gateway}`;
@@ -614,10 +650,23 @@ async function lookAtNode(host: Ip, podCIDR: ipam.PodCIDR) {
       }
     }
   }
+  const isBridge = ({ ifname }: Link) => ifname === BRIDGE;
+  const bridge = links.find(isBridge);
+  if (bridge) return bridge;
+  const [withoutAddress] = await host.ask("link show type bridge");
+  return withoutAddress.find(isBridge);
+}
+
+/** The numbers of a range that are in use: those whose vethN exists. */
+async function usedNumbers(
+  host: Ip,
+  podCIDR: ipam.PodCIDR,
+): Promise<Set<number>> {
+  const [links] = await host.ask("link show");
   const numbers = links.map(({ ifname }) => /^veth(\d+)$/.exec(ifname)?.[1]);
-  const used = numbers.map(Number).filter((n) => n > 1 && n < podCIDR.size - 1);
-  const bridge = links.find(({ ifname }) => ifname === BRIDGE);
-  return { bridge, used: new Set(used) };
+  return new Set(
+    numbers.map(Number).filter((n) => n > 1 && n < podCIDR.size - 1),
+  );
 }
 
 /**

@@ -146,13 +146,13 @@ export async function lockCounter(wait = 60_000): Promise<Deno.FsFile> {
  * Takes the next number: one more than the last, past those in use, and from
  * the end back to the first. So an address comes back as late as it can.
  *
- * @param used The numbers of this range that are in use.
+ * @param used The numbers of this range that are known to be in use.
  * @throws {CNIError} 11 if that is all of them, 5 if it can't be written.
  */
 export function nextNumber(
   counter: Deno.FsFile,
   podCIDR: PodCIDR,
-  used: Set<number>,
+  used = new Set<number>(),
 ): number {
   if (used.size >= podCIDR.room) {
     const details = `all ${podCIDR.room} are in use, a pod must end first`;

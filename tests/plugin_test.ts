@@ -117,6 +117,11 @@ Deno.test("ADD answers 11 when the range is full, until a DEL", async () => {
   const before = await node.listing(b);
   assertError(await node.cni("ADD", b), 11, /10\.9\.9\.4\/30/);
   assertEquals(await node.listing(b), before);
+  // The bridge is made before it turns out that there is no room.
+  await node.sh("ip link del cni0");
+  const bare = await node.listing(b);
+  assertError(await node.cni("ADD", b), 11, /10\.9\.9\.4\/30/);
+  assertEquals(await node.listing(b), bare);
   await node.cni("DEL", a);
   assertEquals(cidrOf(await node.cni("ADD", b)), "10.9.9.6/30");
 });
