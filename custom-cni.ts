@@ -12,7 +12,7 @@
  *
  * @module
  */
-import { ensureDir } from "@std/fs/ensure-dir";
+import { ensureDirSync } from "@std/fs/ensure-dir";
 import { existsSync } from "@std/fs/exists";
 import { FileHandler } from "@std/log/file-handler";
 import { join } from "@std/path/posix/join";
@@ -100,9 +100,9 @@ async function add(call: Call): Promise<Answer> {
   const { containerID, netns, ifname, conf } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
-  await ensureDir(NETNS_DIR);
-  const host = new Ip("-4", "-json");
+  ensureDirSync(NETNS_DIR);
   const pod = inPod(netns);
+  const host = new Ip("-4", "-json"); // starts while the pod's one works
   const [podLinks] = await pod.ask("link show").catch((error) => {
     if (!/network namespace/.test(error.details)) throw error;
     fail(4, `CNI_NETNS ${netns} is not a network namespace`, error.details);

@@ -23,19 +23,30 @@ interface Plugin {
   path: string;
 }
 
-/** Milliseconds by row and verb, pods a second, and counts. */
+/** Milliseconds, by row and column of a table. */
+type Times = Record<string, Record<string, number[]>>;
+
+/** What was measured. */
 interface Figures {
-  times: Record<string, Record<string, number[]>>;
-  atOnce: Record<string, number>;
-  byPods: Record<string, Record<string, number[]>>;
+  times: Times;
+  /** By the number of pods that the node has. */
+  byPods: Times;
+  /** What an ADD spends its time on, in order. */
+  parts: Record<string, number[]>;
+  /** Pods a second, when ten start at once. */
+  atOnce: Record<string, number[]>;
+  /** MiB and milliseconds of CPU of an ADD, and the programs it starts. */
   memory: Record<string, number>;
   cpu: Record<string, number>;
   processes: Record<string, Record<string, number>>;
 }
 
-const EMPTY = join(ROOT, "dist/empty");
+/** Programs of the same runtime, with next to nothing in them. */
+const BARE = { empty: "", hello: "console.log()" };
+const EMPTY = "an empty program";
+const FLOOR = "two bare ip -batch";
 const PATH = Deno.env.get("PATH")!;
-const BASE = { ...CONF, cniVersion: "1.0.0" };
+const BASE = { ...CONF, cniVersion: "1.0.0", podcidr: "10.128.0.0/16" };
 
 const OURS: Plugin = {
   name: "ours, compiled",
@@ -62,12 +73,23 @@ const PEER: Plugin = {
   path: "/usr/lib/cni",
 };
 
-/** Runs a command, and tells how long it took, in milliseconds. */
+/** How long a command took, and when its answer came, in milliseconds. */
+interface Run {
+  start: number;
+  answer: number;
+  ms: number;
+  stdout: string;
+}
+
+/** The path of a bare program. */
+const bare = (name: string) => join(ROOT, "dist", name);
+
+/** Runs a command. */
 async function time(
   command: string[],
   env: Record<string, string> = {},
   stdin = "",
-): Promise<[ms: number, stdout: string]> {
+): Promise<Run> {
   const [program, ...args] = command;
   const start = performance.now();
   const child = new Deno.Command(program, {
@@ -75,13 +97,26 @@ async function time(
     ...{ stdin: "piped", stdout: "piped", stderr: "piped" },
   }).spawn();
   const writer = child.stdin.getWriter();
-  await writer.write(new TextEncoder().encode(stdin));
-  await writer.close();
-  const { success, stdout, stderr } = await child.output();
+  await writer.write(new TextEncoder().encode(stdin)).catch(() => {});
+  await writer.close().catch(() => {}); // it did not want to read
+  const stderr = new Response(child.stderr).text();
+  const decoder = new TextDecoder();
+  let [stdout, answer] = ["", 0];
+  for await (const chunk of child.stdout) {
+    answer ||= performance.now() - start;
+    stdout += decoder.decode(chunk, { stream: true });
+  }
+  const { success } = await child.status;
   const ms = performance.now() - start;
-  const [out, err] = [stdout, stderr].map((it) => new TextDecoder().decode(it));
-  if (!success) throw new Error(`${command.join(" ")}: ${out}${err}`);
-  return [ms, out];
+  if (!success) {
+    throw new Error(`${command.join(" ")}: ${stdout}${await stderr}`);
+  }
+  return { start, answer, ms, stdout };
+}
+
+/** Adds a figure to a table. */
+function note(to: Times, row: string, column: string, ms: number): void {
+  ((to[row] ??= {})[column] ??= []).push(ms);
 }
 
 let serial = 0;
@@ -99,7 +134,7 @@ function call(
   pod: string,
   prevResult?: unknown,
   prefix: string[] = [],
-): Promise<[number, string]> {
+): Promise<Run> {
   return time([...prefix, ...command], {
     CNI_COMMAND: verb,
     CNI_CONTAINERID: `id-${pod}`, // a name of its own, as from containerd
@@ -110,86 +145,212 @@ function call(
 }
 
 /** The same work by `ip` alone: what the kernel and two processes take. */
-const FLOOR: Record<string, (pod: string) => Promise<number>> = {
-  ADD: async (pod) => {
-    const [host] = await time(
-      ["ip", "-batch", "-"],
-      {},
-      `
+async function bareIp(verb: string, pod: string): Promise<number> {
+  if (verb === "DEL") return (await time(["ip", "link", "del", `v${pod}`])).ms;
+  const host = await time(
+    ["ip", "-batch", "-"],
+    {},
+    `
       link add v${pod} type veth peer name eth0 netns ${pod}
       link set v${pod} alias floor/${pod}/eth0
       link set v${pod} up
       link set v${pod} master floor0
       link set v${pod} type bridge_slave hairpin on`,
-    );
-    const [inside] = await time(
-      ["ip", "-n", pod, "-batch", "-"],
-      {},
-      `
+  );
+  const inside = await time(
+    ["ip", "-n", pod, "-batch", "-"],
+    {},
+    `
       link set eth0 up
       addr add 10.8.0.2/24 dev eth0
       route add default via 10.8.0.1 dev eth0
       link show dev eth0`,
-    );
-    return host + inside;
-  },
-  DEL: async (pod) => (await time(["ip", "link", "del", `v${pod}`]))[0],
-};
+  );
+  return host.ms + inside.ms;
+}
 
 /** The measuring, inside a node. */
 async function measure(rounds: number): Promise<Figures> {
-  const figures: Figures = {
-    ...{
-      times: {},
-      atOnce: {},
-      byPods: {},
-      memory: {},
-      cpu: {},
-      processes: {},
-    },
+  return {
+    times: await oneByOne(rounds),
+    parts: await inParts(rounds),
+    ...await atOnceAndCosts(rounds),
+    byPods: await onFullNodes(rounds),
   };
-  const note = (
-    of: Record<string, Record<string, number[]>>,
-    row: string,
-    key: string,
-    ms: number,
-  ) => ((of[row] ??= {})[key] ??= []).push(ms);
-  await time(["sh", "-c", "ip link add floor0 up type bridge"]);
-  const plugins = [OURS, SCRIPT, PEER];
-  // The first call of each makes its bridge and fills the caches.
+}
+
+/** Each verb of each row, one at a time. */
+async function oneByOne(rounds: number): Promise<Times> {
+  const times: Times = {};
+  await time(["ip", "link", "add", "floor0", "up", "type", "bridge"]);
+  // The first round makes each bridge and fills the caches.
   for (let round = -1; round < rounds; round++) {
-    const row = (name: string, key: string, ms: number) =>
-      round >= 0 && note(figures.times, name, key, ms);
-    for (const plugin of plugins) {
+    const row = (name: string, verb: string, ms: number) =>
+      round >= 0 && note(times, name, verb, ms);
+    for (const plugin of [OURS, SCRIPT, PEER]) {
       const pod = await sandbox();
-      const [add, stdout] = await call(plugin, "ADD", pod);
+      const { ms, stdout } = await call(plugin, "ADD", pod);
+      row(plugin.name, "ADD", ms);
       const result = JSON.parse(stdout);
-      row(plugin.name, "ADD", add);
-      row(plugin.name, "CHECK", (await call(plugin, "CHECK", pod, result))[0]);
-      row(plugin.name, "DEL", (await call(plugin, "DEL", pod, result))[0]);
-      row(plugin.name, "VERSION", (await call(plugin, "VERSION", pod))[0]);
+      for (const verb of ["CHECK", "DEL", "VERSION"]) {
+        row(plugin.name, verb, (await call(plugin, verb, pod, result)).ms);
+      }
       await time(["ip", "netns", "del", pod]);
     }
     const pod = await sandbox();
     for (const verb of ["ADD", "DEL"]) {
-      row("two bare ip -batch", verb, await FLOOR[verb](pod));
+      row(FLOOR, verb, await bareIp(verb, pod));
     }
     await time(["ip", "netns", "del", pod]);
-    const [empty] = await time([EMPTY]);
-    for (const verb of ["ADD", "DEL", "VERSION"]) {
-      row("an empty program", verb, empty);
+    const { ms } = await time([bare("empty")]);
+    for (const verb of ["ADD", "DEL", "CHECK", "VERSION"]) row(EMPTY, verb, ms);
+  }
+  return times;
+}
+
+/** ADD on nodes that have pods already; the nodes take turns, too. */
+async function onFullNodes(rounds: number): Promise<Times> {
+  const nodes: { netns: string; plugin: Plugin; pods: number }[] = [];
+  for (const pods of [1, 50, 100, 250]) {
+    for (const plugin of [OURS, PEER]) {
+      const netns = `node${serial}`;
+      await time(["ip", "netns", "add", netns]);
+      nodes.push({ netns, plugin, pods });
+      // The bridge is made by the plugin, the other pods by `ip` alone.
+      const enter = ["nsenter", `--net=/run/netns/${netns}`];
+      const first = await sandbox();
+      await call(plugin, "ADD", first, undefined, enter);
+      await call(plugin, "DEL", first, undefined, enter);
+      const bridge = plugin === OURS ? "cni0" : PEER.conf.bridge;
+      for (let i = 1; i < pods; i++) {
+        const pod = await sandbox();
+        await time(
+          ["ip", "-n", netns, "-batch", "-"],
+          {},
+          `link add veth6${serial} type veth peer name eth0 netns ${pod}
+          link set veth6${serial} alias custom-cni/id-${pod}/eth0
+          link set veth6${serial} up
+          link set veth6${serial} master ${bridge}
+          link set veth6${serial} type bridge_slave hairpin on`,
+        );
+        await time(["ip", "-n", pod, "link", "set", "eth0", "up"]);
+      }
     }
   }
+  await time(["sleep", "5"]); // until the last pod's IPv6 has settled
+  const byPods: Times = {};
+  for (let round = 0; round < rounds; round++) {
+    for (const { netns, plugin, pods } of nodes) {
+      const enter = ["nsenter", `--net=/run/netns/${netns}`];
+      const pod = await sandbox();
+      const { ms, stdout } = await call(plugin, "ADD", pod, undefined, enter);
+      note(byPods, plugin.name, `${pods}`, ms);
+      await call(plugin, "DEL", pod, JSON.parse(stdout), enter);
+      await time(["ip", "netns", "del", pod]);
+      if (plugin === PEER) {
+        const { ms } = await time([...enter, bare("empty")]);
+        note(byPods, EMPTY, `${pods}`, ms);
+      }
+    }
+  }
+  return byPods;
+}
 
-  for (const plugin of plugins) {
-    const pods: string[] = [];
-    for (let i = 0; i < 10; i++) pods.push(await sandbox());
+/** Has `ip monitor` write down what changes in a namespace, up to a line. */
+async function monitor(
+  enter: string[],
+  last: RegExp,
+): Promise<() => Promise<string>> {
+  const [program, ...args] = [...enter, "ip", "-ts", "monitor", "all"];
+  const child = new Deno.Command(program, {
+    ...{ args, env: { TZ: "UTC" }, stdout: "piped", stderr: "null" },
+    signal: AbortSignal.timeout(20_000),
+  }).spawn();
+  await time(["sleep", "0.1"]); // it does not tell when it has begun
+  return async () => {
+    let report = "";
+    for await (const chunk of child.stdout) {
+      report += new TextDecoder().decode(chunk);
+      if (last.test(report)) break;
+    }
+    try {
+      child.kill("SIGINT");
+    } catch {
+      // Its time was up.
+    }
+    await child.status;
+    return report;
+  };
+}
+
+/** When the first line that matches was written, as performance.now() has it. */
+function timeOf(report: string, what: RegExp): number {
+  const line = report.split("\n").find((line) => what.test(line)) ?? "";
+  const [, time] = /\[([^\]]+)\]/.exec(line) ?? [];
+  if (!time) throw new Error(`ip monitor has no ${what}:\n${report}`);
+  const [seconds, fraction] = time.split(".");
+  const micros = Number(fraction) / 1000;
+  return Date.parse(`${seconds}Z`) + micros - performance.timeOrigin;
+}
+
+/**
+ * What an ADD spends its time on: the answers of two programs that do less, and
+ * the moments at which the kernel reports the steps, are its milestones.
+ */
+async function inParts(rounds: number): Promise<Record<string, number[]>> {
+  const parts: Record<string, number[]> = {};
+  for (let round = 0; round < rounds; round++) {
+    const pod = await sandbox();
+    const hello = await time([bare("hello")]);
+    const version = await call(OURS, "VERSION", pod);
+    const enter = ["nsenter", `--net=/run/netns/${pod}`];
+    const hostReport = await monitor([], /LINK.*veth/);
+    const podReport = await monitor(enter, /ROUTE\]default via/);
+    const { start, answer, ms, stdout } = await call(OURS, "ADD", pod);
+    const [host, inside] = [await hostReport(), await podReport()];
+    const milestones: [part: string, at: number][] = [
+      ["Deno starts", hello.answer],
+      ["modules, stdin", version.answer],
+      ["two ip start and look", timeOf(host, /LINK.*veth/) - start],
+      ["veth pair, bridge", timeOf(inside, /LINK.*[<,]UP/) - start],
+      ["address, route", timeOf(inside, /ROUTE\]default via/) - start],
+      ["result", answer],
+      ["log, exit", ms],
+    ];
+    milestones.forEach(([part, at], i) => {
+      (parts[part] ??= []).push(at - (milestones[i - 1]?.[1] ?? 0));
+    });
+    await call(OURS, "DEL", pod, JSON.parse(stdout));
+    await time(["ip", "netns", "del", pod]);
+  }
+  return parts;
+}
+
+/** Ten ADDs at once, by turns; and what one takes beside time. */
+async function atOnceAndCosts(rounds: number) {
+  const figures = {
+    ...{ atOnce: {} as Record<string, number[]> },
+    ...{ memory: {} as Record<string, number>, cpu: {} as Figures["cpu"] },
+    processes: {} as Figures["processes"],
+  };
+  const plugins = [OURS, SCRIPT, PEER];
+  const pods: string[] = [];
+  for (let i = 0; i < 10; i++) pods.push(await sandbox());
+  const atOnce = async (name: string, run: (pod: string) => Promise<Run>) => {
     const start = performance.now();
-    await Promise.all(pods.map((pod) => call(plugin, "ADD", pod)));
-    figures.atOnce[plugin.name] = 10_000 / (performance.now() - start);
-    for (const pod of pods) await call(plugin, "DEL", pod);
-
-    const [pod] = pods;
+    await Promise.all(pods.map(run));
+    const perSecond = 1000 * pods.length / (performance.now() - start);
+    (figures.atOnce[name] ??= []).push(perSecond);
+  };
+  for (let round = 0; round < Math.ceil(rounds / 4); round++) {
+    for (const plugin of plugins) {
+      await atOnce(plugin.name, (pod) => call(plugin, "ADD", pod));
+      for (const pod of pods) await call(plugin, "DEL", pod);
+    }
+    await atOnce(EMPTY, () => time([bare("empty")]));
+  }
+  const [pod] = pods;
+  for (const plugin of plugins) {
     const gnu = ["/usr/bin/time", "-f", "%M %U %S", "-o", "/tmp/time"];
     await call(plugin, "ADD", pod, undefined, gnu);
     const [kB, user, system] = (await Deno.readTextFile("/tmp/time")).trim()
@@ -198,26 +359,8 @@ async function measure(rounds: number): Promise<Figures> {
     figures.cpu[plugin.name] = 1000 * (user + system);
     await call(plugin, "DEL", pod);
     figures.processes[plugin.name] = await countProcesses(plugin, pod);
-    for (const pod of pods) await time(["ip", "netns", "del", pod]);
   }
-
-  let pods = 0;
-  for (const target of [1, 50, 100, 250]) {
-    for (; pods < target - 1; pods++) {
-      for (const plugin of [OURS, PEER]) {
-        await call(plugin, "ADD", await sandbox());
-      }
-    }
-    for (let round = 0; round < rounds; round++) {
-      for (const plugin of [OURS, PEER]) {
-        const pod = await sandbox();
-        const [ms, stdout] = await call(plugin, "ADD", pod);
-        note(figures.byPods, plugin.name, `${target}`, ms);
-        await call(plugin, "DEL", pod, JSON.parse(stdout));
-        await time(["ip", "netns", "del", pod]);
-      }
-    }
-  }
+  for (const pod of pods) await time(["ip", "netns", "del", pod]);
   return figures;
 }
 
@@ -251,14 +394,11 @@ function quantile(values: number[], part: number): number {
 const median = (values: number[]) => quantile(values, 0.5);
 
 /** Prints a table: rows by name, with the ratio to the first row. */
-function table(
-  title: string,
-  rows: Record<string, Record<string, number[]>>,
-): void {
+function table(title: string, rows: Times): void {
   console.log(`\n${title}: median and 95th percentile, ratio to the first row`);
   const [first] = Object.values(rows);
   const keys = Object.keys(first);
-  console.log("".padEnd(28) + keys.map((key) => key.padStart(21)).join(""));
+  console.log("".padEnd(28) + keys.map((key) => key.padStart(18)).join(""));
   for (const [name, row] of Object.entries(rows)) {
     const cells = keys.map((key) => {
       if (!row[key]) return "";
@@ -266,37 +406,29 @@ function table(
       const ratio = (ms / median(first[key])).toFixed(2);
       return `${ms.toFixed(0)} ${p95.toFixed(0)} ms ${ratio} x`;
     });
-    console.log(name.padEnd(28) + cells.map((it) => it.padStart(21)).join(""));
+    console.log(name.padEnd(28) + cells.map((it) => it.padStart(18)).join(""));
   }
 }
 
 /** The goals, each a ratio within this run. */
 function goals({ times, atOnce, byPods, processes }: Figures): void {
   const of = (row: string, verb: string) => median(times[row][verb]);
-  const [empty, floor] = ["an empty program", "two bare ip -batch"];
   const rows: [goal: string, is: number, limit: number][] = [];
-  for (const verb of ["ADD", "DEL"]) {
-    const limit = of(empty, verb) + 1.5 * of(floor, verb);
-    rows.push([
-      `${verb} / (empty + 1.5 floor)`,
-      of(OURS.name, verb) / limit,
-      1,
-    ]);
+  for (const row of [OURS.name, SCRIPT.name]) {
+    for (const verb of ["ADD", "DEL"]) {
+      const limit = of(EMPTY, verb) + 1.5 * of(FLOOR, verb);
+      const goal = `${verb} / (empty + 1.5 floor), ${row}`;
+      rows.push([goal, of(row, verb) / limit, 1]);
+    }
   }
+  const ours = byPods[OURS.name];
+  const peer = median(atOnce[PEER.name]);
   rows.push(
-    [
-      "VERSION / empty",
-      of(OURS.name, "VERSION") / of(empty, "VERSION"),
-      1.1,
-    ],
-    [
-      "0.6 peer / ours, 10 at once",
-      0.6 * atOnce[PEER.name] / atOnce[OURS.name],
-      1,
-    ],
+    ["VERSION / empty", of(OURS.name, "VERSION") / of(EMPTY, "VERSION"), 1.1],
+    ["0.6 peer / ours, 10 at once", 0.6 * peer / median(atOnce[OURS.name]), 1],
     [
       "ADD with 250 pods / with 1",
-      median(byPods[OURS.name]["250"]) / median(byPods[OURS.name]["1"]),
+      median(ours["250"]) / median(ours["1"]),
       1.15,
     ],
     ["programs started by ADD", processes[OURS.name].ADD, 3],
@@ -304,44 +436,98 @@ function goals({ times, atOnce, byPods, processes }: Figures): void {
   );
   console.log("\nGoals");
   for (const [goal, is, limit] of rows) {
-    const mark = is <= limit ? "met  " : "MISSED";
-    console.log(`  ${mark} ${goal.padEnd(30)} ${is.toFixed(2)} of ${limit}`);
+    const mark = is <= limit ? "met   " : "MISSED";
+    console.log(`  ${mark} ${goal.padEnd(48)} ${is.toFixed(2)} of ${limit}`);
+  }
+  const empty = median(atOnce[EMPTY]);
+  if (empty < 0.6 * peer) {
+    console.log(
+      `         (ten empty programs at once: ${empty.toFixed(1)} a second, ` +
+        `less than the ${(0.6 * peer).toFixed(1)} of the goal)`,
+    );
   }
 }
 
-/** A plot of latency against the pods that are there already. */
-function svg({ byPods }: Figures): string {
+const COLORS = [
+  ...["#9aa5b1", "#f0b429", "#2680c2", "#3ebd93"],
+  ...["#199473", "#e12d39", "#7b8794"],
+];
+
+/** Two plots: the parts of an ADD, and its latency by the pods of the node. */
+function svg({ byPods, parts }: Figures): string {
+  const text = (x: number, y: number, words: string, more = "") =>
+    `<text x="${x}" y="${y.toFixed(1)}" ${more}>${words}</text>`;
+  const drawn = [
+    text(20, 24, "One ADD, in milliseconds", `font-weight="bold"`),
+  ];
+  const medians = Object.entries(parts).map(([part, ms]) =>
+    [part, median(ms)] as const
+  );
+  const sum = medians.reduce((all, [, ms]) => all + ms, 0);
+  let x = 20;
+  medians.forEach(([part, ms], i) => {
+    const width = ms / sum * 740;
+    drawn.push(
+      `<rect x="${x.toFixed(1)}" y="36" width="${width.toFixed(1)}"` +
+        ` height="34" fill="${COLORS[i]}"/>`,
+    );
+    x += width;
+    const [left, top] = [20 + (i % 4) * 190, 84 + Math.floor(i / 4) * 22];
+    drawn.push(
+      `<rect x="${left}" y="${top}" width="12" height="12" fill="${
+        COLORS[i]
+      }"/>`,
+      text(left + 18, top + 11, `${part} ${ms.toFixed(1)}`),
+    );
+  });
+
   const top = Math.max(
     ...Object.values(byPods).flatMap(Object.values).map(median),
   );
-  const x = (pods: number) => 60 + pods * 2;
-  const y = (ms: number) => 260 - ms / top * 220;
-  const lines = Object.entries(byPods).map(([name, row], i) => {
-    const color = ["#0366d6", "#d73a49"][i];
-    const points = Object.entries(row).map(([pods, values]) =>
-      `${x(Number(pods))},${y(median(values)).toFixed(1)}`
+  const across = (pods: number) => 70 + pods * 1.9;
+  const up = (ms: number) => 380 - ms / top * 190;
+  const title = "ADD in milliseconds, by the pods that the node has";
+  drawn.push(text(20, 164, title, `font-weight="bold"`));
+  drawn.push(`<path d="M70 180V380H560" fill="none" stroke="black"/>`);
+  for (const ms of [0, 0.5, 1].map((part) => top * part)) {
+    drawn.push(text(60, up(ms) + 4, ms.toFixed(0), `text-anchor="end"`));
+  }
+  Object.entries(byPods).forEach(([name, row], i) => {
+    const color = ["#2680c2", "#e12d39", "#7b8794"][i];
+    const points = Object.entries(row).map(([pods, ms]) =>
+      `${across(Number(pods))},${up(median(ms)).toFixed(1)}`
+    ).join(" ");
+    drawn.push(
+      `<polyline points="${points}" fill="none" stroke="${color}"` +
+        ` stroke-width="2"/>`,
+      text(555, up(median(row["250"])) + 4, name, `fill="${color}"`),
     );
-    const [, last] = points.at(-1)!.split(",");
-    return `<polyline points="${points.join(" ")}" fill="none" stroke="${color}"
-      stroke-width="2"/><text x="570" y="${last}" fill="${color}">${name}</text>`;
+    for (const pods of Object.keys(row)) {
+      drawn.push(text(across(Number(pods)), 398, pods, `text-anchor="middle"`));
+    }
   });
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
-    const ms = (top * part).toFixed(0);
-    return `<text x="50" y="${
-      y(top * part) + 4
-    }" text-anchor="end">${ms}</text>`;
-  });
-  const pods = [1, 50, 100, 250].map((n) =>
-    `<text x="${x(n)}" y="280" text-anchor="middle">${n}</text>`
-  );
-  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 310"
+  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 410"
   font-family="sans-serif" font-size="13">
-<rect width="780" height="310" fill="white"/>
-<text x="60" y="24">ADD in milliseconds, by the pods that the node has</text>
-<path d="M60 40V260H560" fill="none" stroke="black"/>
-${[...ticks, ...pods, ...lines].join("\n")}
-<text x="310" y="302" text-anchor="middle">pods</text>
+<rect width="780" height="410" fill="white"/>
+${[...new Set(drawn)].join("\n")}
 </svg>\n`;
+}
+
+/** Compiles the bare programs as the plugin is, upon the same runtime. */
+async function compileBare(): Promise<void> {
+  const denort = join(ROOT, DENORT.path);
+  const isFromNpm = await Deno.stat(denort).catch(() => null);
+  const [deno, env] = isFromNpm
+    ? [["npx", "-y", `deno@${DENORT.version}`], { DENORT_BIN: denort }]
+    : [[Deno.execPath()], undefined];
+  for (const [name, source] of Object.entries(BARE)) {
+    const file = await Deno.makeTempFile({ suffix: ".ts" });
+    await Deno.writeTextFile(file, source);
+    const flags = ["compile", "--no-code-cache", "--no-check", "-o"];
+    const built = await run([...deno, ...flags, bare(name), file], { env });
+    if (built.code) throw new Error(built.stderr);
+    await Deno.remove(file);
+  }
 }
 
 if (import.meta.main) {
@@ -354,25 +540,7 @@ if (import.meta.main) {
     console.log(JSON.stringify(await measure(Number(flags.rounds))));
     Deno.exit(0);
   }
-  // Of the same runtime as the plugin, and with nothing in it.
-  const source = await Deno.makeTempFile({ suffix: ".ts" });
-  const compile = [
-    "compile",
-    "--no-code-cache",
-    "--no-check",
-    "-o",
-    EMPTY,
-    source,
-  ];
-  const hasDenort = await Deno.stat(join(ROOT, DENORT.path)).catch(() => null);
-  const built = hasDenort
-    ? await run(["npx", "-y", `deno@${DENORT.version}`, ...compile], {
-      env: { DENORT_BIN: join(ROOT, DENORT.path) },
-    })
-    : await run([Deno.execPath(), ...compile]);
-  if (built.code) throw new Error(built.stderr);
-  await Deno.remove(source);
-
+  await compileBare();
   await using node = await Node.start("node2", BASE);
   const words = [Deno.execPath(), "run", "-A", import.meta.filename!];
   const [program, ...args] = node.enter(
@@ -383,14 +551,18 @@ if (import.meta.main) {
   const figures: Figures = JSON.parse(new TextDecoder().decode(stdout));
   table("One at a time", figures.times);
   table("ADD with so many pods on the node", figures.byPods);
-  console.log("\nTen ADDs at once, memory and CPU of an ADD, programs started");
-  for (const name of Object.keys(figures.atOnce)) {
-    const { ADD, DEL } = figures.processes[name];
-    console.log(
-      `${name.padEnd(28)} ${figures.atOnce[name].toFixed(1)} pods/s ` +
-        `${figures.memory[name].toFixed(0)} MiB ` +
-        `${figures.cpu[name].toFixed(0)} ms CPU  ADD ${ADD}, DEL ${DEL}`,
-    );
+  console.log("\nWhat an ADD spends its time on: median");
+  for (const [part, ms] of Object.entries(figures.parts)) {
+    console.log(`${part.padEnd(28)} ${median(ms).toFixed(1).padStart(6)} ms`);
+  }
+  console.log("\nTen at once; memory and CPU of an ADD, programs started");
+  for (const [name, perSecond] of Object.entries(figures.atOnce)) {
+    const { ADD, DEL } = figures.processes[name] ?? {};
+    const costs = ADD &&
+      `${figures.memory[name].toFixed(0)} MiB ` +
+        `${figures.cpu[name].toFixed(0)} ms CPU  ADD ${ADD}, DEL ${DEL}`;
+    const rate = median(perSecond).toFixed(1).padStart(6);
+    console.log(`${name.padEnd(28)} ${rate} a second  ${costs ?? ""}`);
   }
   goals(figures);
   if (flags.json) {

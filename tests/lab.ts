@@ -86,8 +86,9 @@ export async function run(
 /**
  * What makes a process a node: its network, mounts and name are its own, and a
  * fresh sysfs shows that network. Where the repository or Deno lie in a folder
- * that is covered, they are put back, read-only. `cat` waits for the end of its stdin, which
- * comes with the end of this program, however that ends.
+ * that is covered, they are put back, read-only. Who enters by /run/shell finds
+ * both of them at hand. `cat` waits for the end of its stdin, which comes with
+ * the end of this program, however that ends.
  */
 const NODE = `set -e
 name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
@@ -118,6 +119,11 @@ if [ -n "$binary" ]; then
   touch /opt/cni/bin/custom-cni
   mount --bind "$binary" /opt/cni/bin/custom-cni
 fi
+cat > /run/shell << END
+#!/bin/sh
+cd "$root" && PATH="$deno:\\$PATH" PS1="\\\${1:-$name}# " exec bash --norc
+END
+chmod +x /run/shell
 ip link set lo up
 trap '' INT
 echo ready

@@ -22,6 +22,9 @@ interface World {
   pods: Record<string, Pod & { node: Node; address: string }>;
 }
 
+/** What a node has for who enters it. */
+const SHELL = "/run/shell";
+
 /** The Service of nginx2, as a cluster's DNS would name it. */
 const SERVICE = "10.96.0.20";
 
@@ -359,11 +362,11 @@ async function end({ cluster, pods }: World): Promise<void> {
 async function keep({ cluster, pods }: World): Promise<void> {
   console.log("\nThe nodes stay. From another terminal, as root:\n");
   for (const node of [cluster.node1, cluster.node2, cluster.router]) {
-    console.log(`  ${node.name.padEnd(8)} ${node.enter("bash").join(" ")}`);
+    console.log(`  ${node.name.padEnd(8)} ${node.enter(SHELL).join(" ")}`);
   }
-  for (const { name, node, containerID } of Object.values(pods)) {
-    const inside = `ip netns exec ${containerID} bash`;
-    console.log(`  ${name.padEnd(8)} on ${node.name}: ${inside}`);
+  for (const pod of Object.values(pods)) {
+    const words = pod.node.enterPod(pod, SHELL, pod.name);
+    console.log(`  ${pod.name.padEnd(8)} ${words.join(" ")}`);
   }
   console.log("\nCtrl-C here takes all of it down.");
   await new Promise<void>((resolve) =>

@@ -1,0 +1,311 @@
+/**
+ * A node of the lab with real container runtimes on it, as if Debian's packages
+ * were installed there, and a client that talks to containerd as a kubelet does.
+ *
+ * @module
+ */
+// Not in deno.json: the plugin's build is to have nothing of npm in sight.
+// deno-lint-ignore no-import-prefix
+import * as grpc from "npm:@grpc/grpc-js@1.13.4";
+// deno-lint-ignore no-import-prefix
+import { loadSync } from "npm:@grpc/proto-loader@0.7.15";
+import { exists } from "@std/fs/exists";
+import { join } from "@std/path/posix/join";
+import { Node, type Output, ROOT, run } from "../lab.ts";
+
+const DEBS = join(ROOT, "vendor/deb");
+const API = "usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto";
+const SOCKET = "/run/containerd/containerd.sock";
+
+/** The image of every container here: busybox. */
+export const IMAGE = "localhost/box:1";
+
+/** Mounts the cgroups: the second version, or the first where that is in use. */
+const CGROUPS = `set -e
+v1=$(sed -n 's/^[1-9][0-9]*:\\([^:]*\\):.*/\\1/p' /proc/self/cgroup)
+if [ "$v1" ]; then
+  mount -t tmpfs tmpfs /sys/fs/cgroup
+  for controllers in $v1; do
+    group=/sys/fs/cgroup/\${controllers#name=}
+    mkdir $group
+    case $controllers in name=*) controllers=none,$controllers ;; esac
+    mount -t cgroup -o $controllers cgroup $group
+  done
+  groups=$(echo /sys/fs/cgroup/*)
+else
+  mount -t cgroup2 cgroup /sys/fs/cgroup
+  groups=/sys/fs/cgroup
+fi
+join() {
+  for group in $groups; do
+    if [ ! -d $group/$1 ]; then
+      mkdir $group/$1
+      for key in cpuset.cpus cpuset.mems; do # empty at first in version 1
+        [ ! -f $group/$key ] || cat $group/$key > $group/$1/$key
+      done
+    fi
+    echo 0 > $group/$1/cgroup.procs
+  done
+}
+`;
+
+/**
+ * The node's runtimes live in a pid namespace, so that none outlives it, and
+ * in cgroups of their own. `cat` ends with this program, and all with it.
+ */
+const RUNTIMES = `trap '' INT
+${CGROUPS}
+home=custom-cni-$$
+join $home
+unshare --pid --fork --kill-child --mount --cgroup sh -c "$1" sh "$2" || :
+join .
+for group in $groups; do
+  for try in 1 2 3 4 5; do
+    [ -d $group/$home ] || break
+    find $group/$home -depth -type d -exec rmdir {} + 2> /dev/null || sleep 0.2
+  done
+done`;
+
+/** The same, from within; $1: folders of unpacked packages, first one wins. */
+const INSIDE = `set -e
+mount -t proc proc /proc
+umount -R /sys/fs/cgroup
+${CGROUPS}
+join init
+lower=
+for debs in $1; do
+  [ ! -d $debs/etc/containers ] || cp -r $debs/etc/containers /etc
+  lower=$lower$debs/usr:
+done
+mount -t overlay -o lowerdir=$lower/usr overlay /usr
+mount -t tmpfs -o mode=755 tmpfs /var/lib
+mkdir -p /opt/cni/bin
+cp /usr/lib/cni/loopback /opt/cni/bin
+cat > /run/containerd.toml << 'END'
+version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "${IMAGE}"
+  restrict_oom_score_adj = true
+END
+echo ready
+cat`;
+
+/** What nsenter does not do: into the node's cgroups. */
+const JOIN = `for group in /sys/fs/cgroup/init /sys/fs/cgroup/*/init; do
+  [ ! -d $group ] || echo 0 > $group/cgroup.procs
+done`;
+
+// deno-lint-ignore no-explicit-any -- the messages of api.proto
+export type Message = any;
+
+/** Runtimes on a node; `await using` ends them, and all they started. */
+export class Runtimes implements AsyncDisposable {
+  #client?: grpc.Client;
+
+  private constructor(
+    readonly node: Node,
+    readonly process: Deno.ChildProcess,
+  ) {}
+
+  /** Puts the packages of these releases of Debian on a node. */
+  static async on(node: Node, releases = ["bookworm"]): Promise<Runtimes> {
+    const folders = releases.map((release) => join(DEBS, release)).join(" ");
+    const [program, ...args] = [
+      ...node.enter("sh", "-c", RUNTIMES),
+      ...["sh", INSIDE, folders],
+    ];
+    const process = new Deno.Command(program, {
+      ...{ args, stdin: "piped", stdout: "piped", stderr: "inherit" },
+    }).spawn();
+    const reader = process.stdout.getReader();
+    const { value } = await reader.read();
+    reader.releaseLock();
+    if (!new TextDecoder().decode(value).includes("ready")) {
+      throw new Error(`The runtimes of ${node.name} do not start`);
+    }
+    // The child of `unshare`, the first process in the namespaces.
+    const children = async (pid: number | string) => {
+      const path = `/proc/${pid}/task/${pid}/children`;
+      return (await Deno.readTextFile(path)).trim();
+    };
+    const unshare = await children(process.pid);
+    const runtimes = new Runtimes(node, process);
+    runtimes.#init = await children(unshare);
+    return runtimes;
+  }
+  #init = "";
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#client?.close();
+    await this.process.stdin.close();
+    await this.process.stdout.cancel();
+    await this.process.status;
+  }
+
+  /** Runs a shell line on the node, whatever its status. */
+  run(line: string, env: Record<string, string> = {}): Promise<Output> {
+    const variables = Object.entries(env).map(([key, to]) => `${key}=${to}`);
+    return run([
+      ...["nsenter", `-t${this.#init}`, "-n", "-m", "-u", "-p", "-C", "--"],
+      ...["env", ...variables, "sh", "-c", `${JOIN}\n${line}`],
+    ]);
+  }
+
+  /** Runs a shell line on the node, and throws unless it succeeds. */
+  async sh(line: string, env?: Record<string, string>): Promise<string> {
+    const { code, stdout, stderr } = await this.run(line, env);
+    if (code) throw new Error(`${this.node.name}# ${line}: ${stderr}${stdout}`);
+    return stdout.trimEnd();
+  }
+
+  /** A path of the node, seen from outside. */
+  path(path: string): string {
+    return `/proc/${this.#init}/root${path}`;
+  }
+
+  /** Starts containerd, and returns when it answers. */
+  async startContainerd(): Promise<void> {
+    await this.sh(`
+      setsid containerd -c /run/containerd.toml >> /run/containerd.log 2>&1 &
+      echo $! > /run/containerd.pid`);
+    await until("containerd answers", async () => {
+      const { code } = await this.run("timeout 5 ctr version");
+      return code === 0;
+    });
+    this.#client?.close();
+    this.#client = undefined;
+  }
+
+  /** Ends containerd as the kernel would; its containers go on. */
+  async killContainerd(): Promise<void> {
+    await this.sh("kill -9 $(cat /run/containerd.pid)");
+  }
+
+  /** Gives an image to containerd, in one of its namespaces. */
+  async loadImage(namespace: string): Promise<void> {
+    await this.sh(`ctr -n ${namespace} images import ${DEBS}/box.tar`);
+  }
+
+  /** Calls a method of the CRI's RuntimeService. */
+  cri(method: string, request: Message = {}): Promise<Message> {
+    this.#client ??= new Service(
+      `unix:${this.path(SOCKET)}`,
+      grpc.credentials.createInsecure(),
+    );
+    const client = this.#client as Message;
+    const deadline = Date.now() + 60_000;
+    return new Promise((resolve, reject) =>
+      client[method](
+        request,
+        { deadline },
+        (error: Error | null, response: Message) =>
+          error ? reject(error) : resolve(response),
+      )
+    );
+  }
+
+  /** RunPodSandbox, as a kubelet calls it; returns its ID. */
+  async runSandbox(name: string): Promise<{ id: string; config: Message }> {
+    const config = {
+      metadata: { name, uid: crypto.randomUUID(), namespace: "default" },
+      hostname: name,
+      log_directory: "/run",
+      linux: {},
+    };
+    const { pod_sandbox_id: id } = await this.cri("RunPodSandbox", { config });
+    return { id, config };
+  }
+
+  /** A container in a sandbox, started. */
+  async runContainer(
+    sandbox: { id: string; config: Message },
+    ...args: string[]
+  ): Promise<string> {
+    const { container_id } = await this.cri("CreateContainer", {
+      pod_sandbox_id: sandbox.id,
+      sandbox_config: sandbox.config,
+      config: { metadata: { name: "box" }, image: { image: IMAGE }, args },
+    });
+    await this.cri("StartContainer", { container_id });
+    return container_id;
+  }
+
+  /** The address that PodSandboxStatus tells. */
+  async address({ id }: { id: string }): Promise<string> {
+    const request = { pod_sandbox_id: id };
+    return (await this.cri("PodSandboxStatus", request)).status.network.ip;
+  }
+
+  /** ExecSync: what a command wrote in a container; throws if it failed. */
+  async exec(container_id: string, ...cmd: string[]): Promise<string> {
+    const request = { container_id, cmd, timeout: 20 };
+    const { exit_code, stdout, stderr } = await this.cri("ExecSync", request);
+    if (exit_code) throw new Error(`${cmd.join(" ")}: ${stderr}${stdout}`);
+    return `${stdout}`;
+  }
+
+  /** StopPodSandbox and RemovePodSandbox. */
+  async removeSandbox({ id }: { id: string }): Promise<void> {
+    await this.cri("StopPodSandbox", { pod_sandbox_id: id });
+    await this.cri("RemovePodSandbox", { pod_sandbox_id: id });
+  }
+
+  /**
+   * What the plugin, the plugins after it and libcni could leave behind, as
+   * lines: links but the bridge, names of namespaces, rules, results.
+   */
+  async leftovers(): Promise<string[]> {
+    const found = await this.sh(`
+      ip -br link show type ifb
+      ip -br link show type veth | grep -vE '^(enp0s3|outside0)' || :
+      ls -A /run/netns 2> /dev/null || :
+      iptables-save | grep -E 'CNI-[DS]N-|10\\.240\\.[0-9.]+/32' || :
+      tc qdisc show | grep -E 'tbf|ingress' || :
+      ls -A /var/lib/cni/results 2> /dev/null || :`);
+    return found.split("\n").filter((line) => line);
+  }
+}
+
+const Service = await (async () => {
+  const proto = join(DEBS, "forky", API);
+  if (!await exists(proto)) throw new Error("First: deno task e2e");
+  const definition = loadSync(proto, { keepCase: true, defaults: true });
+  const { runtime } = grpc.loadPackageDefinition(definition) as Message;
+  return runtime.v1.RuntimeService;
+})();
+
+/** Waits for at most half a minute until something is so. */
+export async function until(
+  what: string,
+  isSo: () => Promise<boolean>,
+): Promise<void> {
+  const end = Date.now() + 30_000;
+  while (!await isSo()) {
+    if (Date.now() > end) throw new Error(`Not within 30 seconds: ${what}`);
+    await new Promise((resume) => setTimeout(resume, 100));
+  }
+}
+
+/** What the tests could change on the machine itself, as text to compare. */
+export async function machine(): Promise<string> {
+  const { stdout } = await run([
+    "sh",
+    "-c",
+    `
+    ip -br link; ip -br addr | grep -v '^veth'; ip route; ip netns
+    iptables-save | grep -v '^[#:]'; tc qdisc show
+    find /etc /opt -xdev -printf '%p %M %s %t\\n' | sort
+    ls -d /run/* /var/lib/* /var/log/* /tmp/last_* 2> /dev/null |
+      grep -E 'cni|contain|libpod|crun|runc|netns|background|last_'
+    find /sys/fs/cgroup -type d -name 'custom-cni-*'
+    cut -d' ' -f2,3 /proc/mounts`,
+  ]);
+  return stdout;
+}
+
+/** Steps that build upon each other: none follows one that failed. */
+export function inOrder(t: Deno.TestContext) {
+  return async (name: string, run: () => Promise<void>): Promise<void> => {
+    if (!await t.step(name, run)) throw new Error(`No step after "${name}"`);
+  };
+}
