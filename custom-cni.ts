@@ -601,12 +601,21 @@ async function run(program: string, ...args: string[]): Promise<string> {
 
 /** Starts a program, or says how to get it. */
 function spawn(program: string, ...args: string[]): Deno.ChildProcess {
-  const [stdin, stdout, stderr] = ["piped", "piped", "piped"] as const;
   try {
-    return new Deno.Command(program, { args, stdin, stdout, stderr }).spawn();
-  } catch {
+    return new Deno.Command(program, {
+      args,
+      // containerd sets LD_LIBRARY_PATH, with which Deno starts no program.
+      clearEnv: true,
+      env: { PATH: Deno.env.get("PATH") ?? "" },
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+  } catch (error) {
     const mend = "apt-get install iproute2 iptables coreutils";
-    return fail(100, `${program} is not on the PATH`, mend);
+    const isMissing = error instanceof Deno.errors.NotFound;
+    if (isMissing) fail(100, `${program} is not on the PATH`, mend);
+    return fail(100, `${program} does not start`, `${error}`);
   }
 }
 

@@ -11,8 +11,8 @@ import { DENORT, exists } from "./offline.ts";
 const PERMISSIONS = {
   // Set up the pods' network, link their namespaces, look at the firewall.
   run: ["ip", "ln", "iptables"],
-  // What a container runtime tells its plugins.
-  env: ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"],
+  // What a container runtime tells its plugins, and where programs are.
+  env: ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "PATH"],
   read: [
     "/tmp/last_allocated_ip", // the counter
     "/var/run/netns", // the pods' namespaces, by the name in CNI_NETNS

@@ -126,6 +126,15 @@ Deno.test("ADD answers 11 when the range is full, until a DEL", async () => {
   assertEquals(cidrOf(await node.cni("ADD", b)), "10.9.9.6/30");
 });
 
+Deno.test("ADD and DEL do not mind the variables of containerd", async () => {
+  await using node = await Node.start("node1");
+  // Debian's containerd has a path for libraries, and its plugins inherit it.
+  const env = { LD_LIBRARY_PATH: "/var/lib/containerd/opt/lib", LANG: "de_DE" };
+  const pod = await node.start("alpine1", { env });
+  await ping(node, addressOf(pod));
+  assertEquals((await node.cni("DEL", pod, { env })).code, 0);
+});
+
 Deno.test("ADD gives a released address only after all others", async () => {
   await using node = await Node.start(
     "node1",

@@ -163,17 +163,18 @@ export class Runtimes implements AsyncDisposable {
     return `/proc/${this.#init}/root${path}`;
   }
 
-  /** Starts containerd, and returns when it answers. */
+  /** Starts containerd, and returns when it answers, to a kubelet, too. */
   async startContainerd(): Promise<void> {
     await this.sh(`
       setsid containerd -c /run/containerd.toml >> /run/containerd.log 2>&1 &
       echo $! > /run/containerd.pid`);
-    await until("containerd answers", async () => {
-      const { code } = await this.run("timeout 5 ctr version");
-      return code === 0;
-    });
     this.#client?.close();
     this.#client = undefined;
+    await until("containerd answers", async () => {
+      const { code } = await this.run("timeout 5 ctr version");
+      const status = code === 0 && this.cri("Status").catch(() => false);
+      return !!await status;
+    });
   }
 
   /** Ends containerd as the kernel would; its containers go on. */
