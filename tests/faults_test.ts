@@ -62,6 +62,10 @@ class Place {
   }
 }
 
+/** A line of a script that sets its variables: the plugin hands on none. */
+const values = (CALL: string, LINE: number) =>
+  `PATH=${REST} CALL=${CALL} LINE=${LINE}\n`;
+
 /** Milliseconds that a call takes here and now. */
 async function duration(call: () => Promise<unknown>): Promise<number> {
   const start = performance.now();
@@ -94,8 +98,7 @@ Deno.test("ADD and DEL may be killed at any moment", async () => {
 
 // Passes lines on as they come, and kills the plugin after line LINE of the
 // call. Then `ip` sees the end of its stdin: it was killed in between, too.
-const KILLER = `PATH=$REST
-  case $1 in -n) call=pod;; *) call=host;; esac
+const KILLER = `case $1 in -n) call=pod;; *) call=host;; esac
   [ $call = $CALL ] || exec ip "$@"
   plugin=$PPID n=0
   while read -r line; do
@@ -114,9 +117,8 @@ Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
       const pod = await node.sandbox("pod");
       const before = await node.listing(pod);
       if (verb === "DEL") await node.cni("ADD", pod);
-      await place.shim("ip", KILLER);
-      const env = { PATH, REST, CALL, LINE: `${line}` };
-      const { code } = await node.cni(verb, pod, { env });
+      await place.shim("ip", values(CALL, line) + KILLER);
+      const { code } = await node.cni(verb, pod, { env: { PATH } });
       await run(["sleep", `${SOON / 1000}`]);
       await place.recover(pod, before, `${verb} killed after ${CALL} ${line}`);
       // 137 is SIGKILL; without it there was no such line.
@@ -137,10 +139,10 @@ Deno.test("GC finds what a killed ADD has left", async () => {
   const conf = { ...CONF, cniVersion: "1.1.0" };
   const gc = { ...conf, "cni.dev/valid-attachments": valid };
   const before = await node.listing();
-  for (const [CALL, LINE] of [["host", "4"], ["pod", "1"], ["pod", "5"]]) {
+  for (const [CALL, LINE] of [["host", 4], ["pod", 1], ["pod", 5]] as const) {
     const pod = await node.sandbox("pod");
-    await place.shim("ip", KILLER);
-    await node.cni("ADD", pod, { env: { PATH, REST, CALL, LINE } });
+    await place.shim("ip", values(CALL, LINE) + KILLER);
+    await node.cni("ADD", pod, { env: { PATH } });
     await run(["sleep", `${SOON / 1000}`]);
     await node.sh("rm -rf /opt/shims");
     assertEquals((await node.cni("GC", undefined, { conf: gc })).code, 0);

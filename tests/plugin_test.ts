@@ -258,18 +258,17 @@ Deno.test("ADD lets a pod reach itself through its Service", async () => {
 
 // Faults for a PATH: an ip that ends at once as the one of CALL, the host's or
 // the pod's, or with LINE finds a bad one there in its batch; and an ln that
-// fails. They pass on what they read as it comes, since ADD talks with ip.
+// fails. They pass on what they read as it comes, since ADD talks with ip. What
+// they are to do is written into them: the plugin hands on no variables.
 const SHIMS = {
-  ip: `#!/bin/sh
-    PATH=$REST
+  ip: `
     case $1 in -n) call=pod;; -force) call=undo;; *) call=host;; esac
     [ $call = $CALL ] || exec ip "$@"
     [ $LINE != 0 ] || exit 1
     exec 3<&0 && mkfifo /opt/$$
     sed -u "$LINE s/.*/link show dev none/" <&3 >/opt/$$ 2>/opt/sed &
     exec ip "$@" 3<&- </opt/$$`,
-  ln: `#!/bin/sh
-    PATH=$REST
+  ln: `
     [ $CALL != ln ] && ln "$@"`,
 };
 
@@ -277,17 +276,18 @@ const SHIMS = {
 async function addFails(call: string): Promise<number> {
   await using node = await Node.start("node1");
   await node.sh("mkdir /opt/shims && echo 1 > /tmp/last_allocated_ip");
-  for (const [name, text] of Object.entries(SHIMS)) {
-    const path = node.path(`/opt/shims/${name}`);
-    await Deno.writeTextFile(path, text, { mode: 0o755 });
-  }
-  const REST = Deno.env.get("PATH");
-  const PATH = `/opt/shims:${REST}`;
+  const path = Deno.env.get("PATH");
+  const env = { PATH: `/opt/shims:${path}` };
   for (let line = 0;; line++) {
+    for (const [name, text] of Object.entries(SHIMS)) {
+      const values = `PATH=${path} CALL=${call} LINE=${line}`;
+      const file = node.path(`/opt/shims/${name}`);
+      const script = `#!/bin/sh\n${values}${text}`;
+      await Deno.writeTextFile(file, script, { mode: 0o755 });
+    }
     const pod = await node.sandbox("nginx1");
     await node.sh("ip link del cni0 || true");
     const before = await node.listing(pod);
-    const env = { PATH, REST, CALL: call, LINE: `${line}` };
     const answer = await node.cni("ADD", pod, { env });
     await node.sh("rm -f /opt/[0-9]* /opt/sed");
     // It has no such line any more: all were tried.
