@@ -25,6 +25,8 @@ Deno.test("each step of the tutorial fails before and works after", async () => 
   const { code, stdout, stderr } = await run([...TUTORIAL, "--quiet"]);
   assertEquals(code, 0, stdout + stderr);
   assertEquals(stdout.match(/^ok {3}Step \d/gm)?.length, 6, stdout);
+  const readme = await Deno.readTextFile(join(ROOT, "README.md"));
+  assertStringIncludes(readme, stdout.trim());
   assertEquals(await machine(), before);
 });
 
