@@ -66,9 +66,13 @@ export async function run(
     signal: AbortSignal.timeout(120_000),
   }).spawn();
   const { killAfter } = options;
-  const kill = killAfter === undefined
-    ? 0
-    : setTimeout(() => child.kill("SIGKILL"), killAfter);
+  const kill = killAfter === undefined ? 0 : setTimeout(() => {
+    try {
+      child.kill("SIGKILL");
+    } catch {
+      // It has just ended.
+    }
+  }, killAfter);
   const writer = child.stdin.getWriter();
   await writer.write(new TextEncoder().encode(options.stdin ?? ""))
     .then(() => writer.close())
