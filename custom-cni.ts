@@ -86,7 +86,7 @@ interface Link {
   ifalias?: string;
   master?: string;
   link_netnsid?: number;
-  addr_info?: { family: string; local: string; prefixlen: number }[];
+  addr_info?: { local: string; prefixlen: number }[];
 }
 
 /** A line for `ip -batch`, and the line that takes it back. */
@@ -102,7 +102,7 @@ async function add(call: Call): Promise<Answer> {
   const gateway = ipam.address(podCIDR, 1);
   ensureDirSync(NETNS_DIR);
   const pod = inPod(netns);
-  const host = new Ip("-4", "-json"); // starts while the pod's one works
+  const host = new Ip("-4"); // starts while the pod's one works
   const [podLinks] = await pod.ask("link show").catch((error) => {
     if (!/network namespace/.test(error.details)) throw error;
     fail(4, `CNI_NETNS ${netns} is not a network namespace`, error.details);
@@ -172,7 +172,7 @@ async function add(call: Call): Promise<Answer> {
       return { hostEnd, address: `${podIP}/${podCIDR.prefix}` };
     } catch (error) {
       if (used || !/File exists/.test((error as CNIError).details)) throw error;
-      const another = new Ip("-4", "-json"); // the first one has ended
+      const another = new Ip("-4"); // the first one has ended
       return await addVeth(another, await usedNumbers(another, podCIDR));
     }
   };
@@ -225,7 +225,7 @@ async function add(call: Call): Promise<Answer> {
   } catch (error) {
     try {
       if (await naming.catch(() => false)) Deno.removeSync(name);
-      await new Ip("-force", "-json").ask(...undo.reverse(), "link show");
+      await new Ip("-force").ask(...undo.reverse(), "link show");
     } catch {
       // What is left carries the alias: DEL finds it.
     }
@@ -236,7 +236,7 @@ async function add(call: Call): Promise<Answer> {
 /** DEL: takes the attachment away, as often as asked, whatever is left of it. */
 async function del(call: Call): Promise<Answer> {
   const { containerID, netns, ifname, alias } = call;
-  const host = new Ip("-force", "-json");
+  const host = new Ip("-force");
   const [links] = await host.ask("link show");
   let ours = links.filter((link) => link.ifalias === alias);
   if (!ours.length && netns.startsWith("/")) {
@@ -265,7 +265,7 @@ async function check(call: Call): Promise<Answer> {
   const expect = (isThere: unknown, what: string) =>
     isThere || missing.push(what);
 
-  const host = new Ip("-4", "-json");
+  const host = new Ip("-4");
   const [links] = await host.ask("link show");
   const veth = links.find((link) => link.ifalias === call.alias);
   expect(isUp(veth), `veth with alias ${call.alias} that is up`);
@@ -314,7 +314,7 @@ async function gc({ conf }: Call): Promise<Answer> {
   if (!valid.every(isWhole)) fail(7, "cni.dev/valid-attachments lacks a key");
   const network = `${conf.name}/`;
   const keep = valid.map((pod) => `${network}${pod.containerID}/${pod.ifname}`);
-  const host = new Ip("-force", "-json");
+  const host = new Ip("-force");
   const [links] = await host.ask("link show");
   const stale = links.filter(({ ifalias = "" }) =>
     ifalias.startsWith(network) && !keep.includes(ifalias)
@@ -333,7 +333,7 @@ async function status({ conf }: Call): Promise<Answer> {
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   try {
     ipam.checkCounter();
-    const host = new Ip("-4", "-json");
+    const host = new Ip("-4");
     await lookAtBridge(host, podCIDR);
     const used = await usedNumbers(host, podCIDR);
     if (used.size >= podCIDR.room) {
@@ -388,7 +388,7 @@ async function doctor(): Promise<void> {
   const [podCIDR] = found;
   if (!podCIDR) return;
   await look(async () => {
-    const host = new Ip("-4", "-json");
+    const host = new Ip("-4");
     const bridge = await lookAtBridge(host, podCIDR);
     const used = await usedNumbers(host, podCIDR);
     const gateway = ipam.address(podCIDR, 1);
@@ -538,7 +538,7 @@ class Ip {
   #stdout: ReadableStreamDefaultReader<Uint8Array>;
 
   constructor(...args: string[]) {
-    this.#child = spawn("ip", ...args, "-batch", "-");
+    this.#child = spawn("ip", ...args, "-json", "-batch", "-");
     this.#stdin = this.#child.stdin.getWriter();
     this.#stdout = this.#child.stdout.getReader();
   }
@@ -622,7 +622,7 @@ function spawn(program: string, ...args: string[]): Deno.ChildProcess {
 /** `ip` inside a namespace. */
 function inPod(netns: string): Ip {
   // -n looks below /var/run/netns; from there a path may go up to any other.
-  return new Ip("-n", `../../..${netns}`, "-json");
+  return new Ip("-n", `../../..${netns}`);
 }
 
 /** Deletes links and returns what is left; one may go by itself meanwhile. */

@@ -12,7 +12,8 @@ import { ensureDir } from "@std/fs/ensure-dir";
 import { exists } from "@std/fs/exists";
 import { ROOT } from "../lab.ts";
 
-const DEBS = `${ROOT}vendor/deb`;
+/** Where they lie, each release of Debian in a folder of its name. */
+export const DEBS = `${ROOT}vendor/deb`;
 const LIBCNI = "golang-github-appc-cni"; // the source of libcni
 
 /** What is taken from each release of Debian, into a folder of its name. */

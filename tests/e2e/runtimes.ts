@@ -11,9 +11,9 @@ import * as grpc from "npm:@grpc/grpc-js@1.13.4";
 import { loadSync } from "npm:@grpc/proto-loader@0.7.15";
 import { exists } from "@std/fs/exists";
 import { join } from "@std/path/posix/join";
-import { Node, type Output, ROOT, run } from "../lab.ts";
+import { Node, type Output, run } from "../lab.ts";
+import { DEBS } from "./packages.ts";
 
-const DEBS = join(ROOT, "vendor/deb");
 const API = "usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto";
 const SOCKET = "/run/containerd/containerd.sock";
 

@@ -8,9 +8,9 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { CONF, Node } from "../lab.ts";
+import { DEBS } from "./packages.ts";
 import { IMAGE, inOrder, machine, Runtimes, until } from "./runtimes.ts";
 
-const DEBS = new URL("../../vendor/deb/", import.meta.url).pathname;
 const before = await machine();
 const PLUGINS = "/opt/cni/bin:/usr/lib/cni";
 
@@ -39,7 +39,7 @@ function cnitool(
   netns: string,
   env = {},
 ) {
-  const line = `${DEBS}libcni/cnitool ${verb} ${network} /run/netns/${netns}`;
+  const line = `${DEBS}/libcni/cnitool ${verb} ${network} /run/netns/${netns}`;
   return host.run(line, { CNI_PATH: PLUGINS, ...env });
 }
 
@@ -103,7 +103,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
           // not in the list; without one it is up to the plugin.
           const gc = (list: string) =>
             host.sh(
-              `CNI_PATH=${PLUGINS} ${DEBS}libcni/gc ${CONF.name} '${list}'`,
+              `CNI_PATH=${PLUGINS} ${DEBS}/libcni/gc ${CONF.name} '${list}'`,
             );
           const veths = () => host.sh("ls /sys/class/net | grep veth || :");
           const results = await host.sh("cat /var/lib/cni/results/*");
@@ -308,7 +308,7 @@ cni_plugin_dirs = ["/opt/cni/bin", "/usr/lib/cni"]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 END`);
-    await host.sh(`${podman} load -qi ${DEBS}box.tar`);
+    await host.sh(`${podman} load -qi ${DEBS}/box.tar`);
     assertMatch(await host.sh(`${podman} network ls`), /custom-cni/);
   });
 
