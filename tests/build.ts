@@ -70,6 +70,9 @@ async function build(): Promise<void> {
   options.push("--no-check");
   // The cache would lie in /tmp, and the binary would trust anybody's.
   options.push("--no-code-cache");
+  // So short a run is over before compiled code or a second thread pays. And a
+  // program without a compiler has no memory that is writable and executable.
+  options.push("--v8-flags=--jitless,--single-threaded");
   options.push(...permissionFlags());
 
   // A runtime may start the plugin at any moment, so it appears by a rename.
