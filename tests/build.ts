@@ -28,6 +28,12 @@ const PERMISSIONS = {
   ],
 };
 
+/**
+ * So short a run ends before compiled code or a second thread pays. And where
+ * nothing is compiled, no memory is both writable and executable.
+ */
+export const V8_FLAGS = "--v8-flags=--jitless,--single-threaded";
+
 const INPUTS = ["custom-cni.ts", "ipam.ts", "deno.json", "tests/build.ts"];
 const OUTPUT = "dist/custom-cni";
 
@@ -70,10 +76,7 @@ async function build(): Promise<void> {
   options.push("--no-check");
   // The cache would lie in /tmp, and the binary would trust anybody's.
   options.push("--no-code-cache");
-  // So short a run is over before compiled code or a second thread pays. And a
-  // program without a compiler has no memory that is writable and executable.
-  options.push("--v8-flags=--jitless,--single-threaded");
-  options.push(...permissionFlags());
+  options.push(V8_FLAGS, ...permissionFlags());
 
   // A runtime may start the plugin at any moment, so it appears by a rename.
   const draft = "dist/draft/custom-cni";
