@@ -101,18 +101,18 @@ async function add(call: Call): Promise<Answer> {
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
   ensureDirSync(NETNS_DIR);
+  const pod = inPod(netns);
+  const lookAtPod = pod.ask("link show");
+  lookAtPod.catch(() => {}); // it is told below, where it is waited for
   const name = join(NETNS_DIR, containerID);
   if (netns !== name && existsSync(name) && !linkTarget(name)) {
     fail(4, `CNI_CONTAINERID ${containerID} is another namespace's name`, name);
   }
-  const pod = inPod(netns);
-  const lookAtPod = pod.ask("link show");
-  lookAtPod.catch(() => {}); // it is told below, where it is waited for
-  const host = new Ip("-4"); // starts while the pod's one works
 
   // One ADD at a time on the node, until this one ends: no two take the same
   // number, and none removes a bridge that another one has just joined.
   using counter = await ipam.lockCounter();
+  const host = new Ip("-4"); // not sooner: two that start at once take longer
   const [bridge, [podLinks]] = await Promise.all([
     lookAtBridge(host, podCIDR),
     lookAtPod,
