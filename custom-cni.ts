@@ -108,11 +108,11 @@ async function add(call: Call): Promise<Answer> {
   if (netns !== name && existsSync(name) && !linkTarget(name)) {
     fail(4, `CNI_CONTAINERID ${containerID} is another namespace's name`, name);
   }
+  const host = new Ip("-4"); // starts while the pod's one works
 
   // One ADD at a time on the node, until this one ends: no two take the same
   // number, and none removes a bridge that another one has just joined.
   using counter = await ipam.lockCounter();
-  const host = new Ip("-4"); // not sooner: two that start at once take longer
   const [bridge, [podLinks]] = await Promise.all([
     lookAtBridge(host, podCIDR),
     lookAtPod,
