@@ -751,8 +751,8 @@ function log(line: string): void {
     file.setup();
     const time = new Date().toISOString();
     const text = `${time} ${line} (${Math.round(performance.now())} ms)`;
-    // No input may begin a line of its own. (\p{Cc} would say it as well; its
-    // tables take V8 two milliseconds.)
+    // No input may begin a line of its own. (\p{Cc} says it as well, but V8
+    // takes a millisecond to load its table.)
     file.log(text.replace(/[^ -~\xa0-\u2027\u202a-\uffff]+/g, " "));
   } catch (error) {
     console.error(`custom-cni: no line in ${LOG}: ${error}`);
