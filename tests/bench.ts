@@ -11,9 +11,7 @@
  */
 import { parseArgs } from "@std/cli/parse-args";
 import { join } from "@std/path/posix/join";
-import { permissionFlags, V8_FLAGS } from "./build.ts";
 import { CONF, Node, ROOT, run } from "./lab.ts";
-import { DENORT } from "./offline.ts";
 
 /** Something that can be called as a plugin. */
 interface Plugin {
@@ -41,14 +39,8 @@ interface Figures {
   processes: Record<string, Record<string, number>>;
 }
 
-/**
- * Programs of the same runtime, with next to nothing in them: one as Deno
- * compiles it by itself, and one that prints, with the plugin's V8 flags.
- */
-const BARE = {
-  empty: { source: "", options: [] },
-  hello: { source: "console.log()", options: [V8_FLAGS] },
-};
+/** Programs of the same runtime, with next to nothing in them. */
+const BARE = { empty: "", hello: "console.log()" };
 const EMPTY = "an empty program";
 const FLOOR = "two bare ip -batch";
 const PATH = Deno.env.get("PATH")!;
@@ -64,7 +56,7 @@ const SCRIPT: Plugin = {
   ...OURS,
   name: `ours, by deno ${Deno.version.deno}`,
   command: [
-    ...[Deno.execPath(), "run", "--no-prompt", ...permissionFlags()],
+    ...[Deno.execPath(), "run", "--quiet", "--no-prompt", "-P=plugin"],
     join(ROOT, "custom-cni.ts"),
   ],
 };
@@ -522,17 +514,13 @@ ${[...new Set(drawn)].join("\n")}
 
 /** Compiles the bare programs upon the plugin's runtime. */
 async function compileBare(): Promise<void> {
-  const denort = join(ROOT, DENORT.path);
-  const isFromNpm = await Deno.stat(denort).catch(() => null);
-  const [deno, env] = isFromNpm
-    ? [["npx", "-y", `deno@${DENORT.version}`], { DENORT_BIN: denort }]
-    : [[Deno.execPath()], undefined];
-  for (const [name, { source, options }] of Object.entries(BARE)) {
+  for (const [name, source] of Object.entries(BARE)) {
     const file = await Deno.makeTempFile({ suffix: ".ts" });
     await Deno.writeTextFile(file, source);
-    const flags = ["compile", "--no-code-cache", "--no-check", ...options];
-    const words = [...deno, ...flags, "-o", bare(name), file];
-    const built = await run(words, { env });
+    const flags = ["compile", "--no-prompt", "--no-check", "--no-code-cache"];
+    const built = await run(
+      [Deno.execPath(), ...flags, "-o", bare(name), file],
+    );
     if (built.code) throw new Error(built.stderr);
     await Deno.remove(file);
   }

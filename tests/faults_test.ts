@@ -5,8 +5,8 @@
  * @module
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { permissionFlags } from "./build.ts";
-import { type Answer, CONF, Node, type Pod, run } from "./lab.ts";
+import { join } from "@std/path/posix/join";
+import { type Answer, CONF, Node, type Pod, ROOT, run } from "./lab.ts";
 
 /** How often: for CI, and for an hour of rest. */
 const SIZE = Deno.env.has("SOAK")
@@ -446,13 +446,19 @@ const FORBIDDEN = [
 
 Deno.test("the plugin's permissions are those that it needs", async () => {
   const probe = await Deno.makeTempFile({ suffix: ".ts" });
+  const binary = probe.replace(/\.ts$/, "");
   const lines = FORBIDDEN.map((line) =>
     `try { ${line}; console.log("allowed"); } catch (e) { console.log(e.name); }`
   );
   await Deno.writeTextFile(probe, lines.join("\n"));
-  const flags = ["--no-prompt", "--no-config", ...permissionFlags()];
-  const { stdout } = await run([Deno.execPath(), "run", ...flags, probe]);
+  const config = join(ROOT, "deno.json");
+  const flags = ["-P", "--no-prompt", "--no-check", "--config", config];
+  const words = [Deno.execPath(), "compile", ...flags, "-o", binary, probe];
+  const { code, stderr } = await run(words);
+  assertEquals(code, 0, stderr);
+  const { stdout } = await run([binary]);
   await Deno.remove(probe);
+  await Deno.remove(binary);
   const names = stdout.trim().split("\n");
   assertEquals(names, FORBIDDEN.map(() => "NotCapable"), stdout);
   count("forbidden acts", FORBIDDEN.length);

@@ -8,9 +8,11 @@
  *     deno run -A tests/offline.ts denort   what `deno compile` builds upon
  *     deno run -A tests/offline.ts tools    ip, iptables and the like
  *
- * It imports nothing, since it runs before anything can be imported. What it
- * downloads lies in vendor/: to start afresh, delete that folder.
+ * It imports nothing that Deno would have to fetch, since it runs before
+ * anything can be fetched. What it downloads lies in vendor/, and the runtime
+ * in Deno's own cache: to start afresh, delete that folder.
  */
+import { crc32 } from "node:zlib";
 
 /** A package on npm, its sha256, and where in it lies what we want. */
 interface Tarball {
@@ -46,29 +48,26 @@ const STD: Record<string, { version: string; from: Tarball }> = {
   path: { version: "1.1.3", from: WINDMILL },
 };
 
-/** Programs that Deno 2.7.11 compiled: their first bytes are its denort. */
-const PROGRAMS: Record<string, Tarball & { size: number; denort: string }> = {
-  "x86_64-unknown-linux-gnu": {
-    spec: "@stdy/cli-linux-x64@0.22.2",
-    sha256: "9f421f2809eeac41b1a70a9f85a6b408153956cc7797f51d5383f0233f1b5cbe",
-    path: "package/bin/steady",
-    size: 97_076_048,
-    denort: "f12d5d3886d5ea138304fb8d67d7396cfbedf53656676132152cb89f3fa4d8e6",
-  },
-  "aarch64-unknown-linux-gnu": {
-    spec: "@stdy/cli-linux-arm64@0.22.2",
-    sha256: "1a33f7a0c3f26bf7ecde3c9be53e392b3656a4d9d935bdbd0348470ffd7224d6",
-    path: "package/bin/steady",
-    size: 90_596_104,
-    denort: "9c888d915647ff971a497acd39ee45ea63da5f19d12d4363124942c257c055ef",
-  },
-};
-
-/** The denort for this machine. It fits the deno of its version, no other. */
-export const DENORT = {
-  version: "2.7.11",
-  path: `vendor/denort-2.7.11-${Deno.build.target}`,
-  sha256: PROGRAMS[Deno.build.target]?.denort,
+/**
+ * A program that Deno compiled upon the denort of its version, for x86-64. Up
+ * to `size` it is that denort, but for the fields of the ELF header by which
+ * `deno compile` hung the program on: offset, bytes, and what was there before.
+ */
+const COMPILED = {
+  spec: "@chelonia/cli-x64-linux@3.4.0",
+  sha256: "c00f92f71095b897a44ed2f52b883c678b2c386a59db633a4c4d017dff8ea628",
+  path: "package/chel",
+  size: 107_594_120,
+  header: [
+    [32, 8, 64], // e_phoff, where the table of segments starts
+    [40, 8, 107_591_688], // e_shoff, the same for sections
+    [56, 2, 12], // e_phnum, how many segments
+    [60, 2, 38], // e_shnum, how many sections
+    [62, 2, 37], // e_shstrndx, the section with their names
+  ],
+  target: "x86_64-unknown-linux-gnu",
+  deno: "2.9.4",
+  denort: "723d45cca4f68bd66652da1e0d45562b0700317c1535981035f50f078785a131",
 };
 
 /** What the lab and the tests use, and the Debian package that has it. */
@@ -167,32 +166,91 @@ function subpath(file: string): string {
   return file.replace(/\.js$/, "").replaceAll("_", "-");
 }
 
-/** Puts the denort, which `deno compile` would download, into vendor/. */
+/**
+ * Puts the denort, which `deno compile` would download, into Deno's own cache
+ * of downloads. Deno takes it from there as if it had come from its site.
+ */
 async function denort(): Promise<void> {
-  if (Deno.env.has("DENORT_BIN") || exists(DENORT.path)) return;
+  if (Deno.env.has("DENORT_BIN")) return;
   const { deno } = Deno.version;
   const { target } = Deno.build;
-  const zip = `release/v${deno}/denort-${target}.zip`;
+  const path = `release/v${deno}/denort-${target}.zip`;
   const { denoDir } = JSON.parse(await run(Deno.execPath(), "info", "--json"));
-  if (exists(`${denoDir}/dl/${zip}`)) return;
-  if (await answers(new URL(zip, "https://dl.deno.land/"))) return;
+  const zip = `${denoDir}/dl/${path}`;
+  if (exists(zip)) return;
+  if (await answers(new URL(path, "https://dl.deno.land/"))) return;
 
-  const program = PROGRAMS[target];
-  if (!program) {
+  // A denort fits the deno of its version, and no other.
+  const why = "Deno's download site does not answer, and npm has the runtime";
+  const own = `set DENORT_BIN to the path of a denort of Deno ${deno}`;
+  if (target !== COMPILED.target) {
     throw new Error(
-      "Deno's download site does not answer, and npm has a denort only for " +
-        `${Object.keys(PROGRAMS).join(" and ")}. This ${target} can run the ` +
-        "source, with `deno run -A custom-cni.ts`; to build the binary, set " +
-        `DENORT_BIN to the path of a denort of Deno ${deno}`,
+      `${why} of compiled programs only for ${COMPILED.target}. This is ` +
+        `${target}: to build the plugin here, ${own}`,
     );
   }
-  const files = await unpack(program);
-  const file = files.find((file) => file.endsWith(program.path))!;
-  Deno.truncateSync(file, program.size);
-  await verify(file, program.denort);
-  Deno.chmodSync(file, 0o755);
-  Deno.renameSync(file, DENORT.path);
-  console.log(`${DENORT.path}: cut out of this one, sha256 verified`);
+  if (deno !== COMPILED.deno) {
+    throw new Error(
+      `${why} of compiled programs only for Deno ${COMPILED.deno}. This is ` +
+        `Deno ${deno}: run it as \`npx -y deno@${COMPILED.deno} task …\`, ` +
+        `or ${own}`,
+    );
+  }
+  const files = await unpack(COMPILED);
+  const file = files.find((file) => file.endsWith(COMPILED.path))!;
+  Deno.truncateSync(file, COMPILED.size);
+  const bytes = Deno.readFileSync(file);
+  const view = new DataView(bytes.buffer);
+  for (const [at, size, value] of COMPILED.header) {
+    if (size === 8) view.setBigUint64(at, BigInt(value), true);
+    else view.setUint16(at, value, true);
+  }
+  verify(COMPILED.path, await sha256(bytes), COMPILED.denort);
+
+  const folder = zip.replace(/[^/]*$/, "");
+  Deno.mkdirSync(folder, { recursive: true });
+  // Other checkouts share this folder. One at a time writes the draft, and
+  // what one left that was interrupted, the next writes over.
+  using lock = Deno.openSync(folder);
+  lock.lockSync(true);
+  Deno.writeFileSync(`${zip}.draft`, await zipped("denort", bytes));
+  {
+    using draft = Deno.openSync(`${zip}.draft`);
+    draft.syncSync(); // or a power cut could leave half a file by this name
+  }
+  Deno.renameSync(`${zip}.draft`, zip);
+  console.log(`${zip}: cut out of this one, sha256 verified`);
+}
+
+/** A zip of one executable file, as it is: not compressed. */
+async function zipped(name: string, content: BlobPart & Uint8Array) {
+  /** Numbers as a zip has them: each of so many bytes, the lowest first. */
+  const le = (...numbers: [size: number, value: number][]) =>
+    numbers.flatMap(([size, value]) =>
+      Array.from({ length: size }, (_, i) => value >>> (8 * i) & 0xff)
+    );
+  const size = content.length;
+  const entry = [
+    // zip 2.0, no flags, stored, midnight of the first day of 1980
+    ...le([2, 20], [2, 0], [2, 0], [2, 0], [2, 0x21]),
+    ...le([4, crc32(content)], [4, size], [4, size]),
+    ...le([2, name.length], [2, 0]),
+  ];
+  const letters = new TextEncoder().encode(name);
+  const head = [...le([4, 0x04034b50]), ...entry, ...letters];
+  // The directory at the end says it again, and Unix's mode of the file.
+  const directory = [
+    ...le([4, 0x02014b50], [2, 3 << 8 | 20]),
+    ...entry,
+    ...le([2, 0], [2, 0], [2, 0], [4, 0o100755 << 16], [4, 0]),
+    ...letters,
+  ];
+  const end = [
+    ...le([4, 0x06054b50], [2, 0], [2, 0], [2, 1], [2, 1]),
+    ...le([4, directory.length], [4, head.length + size], [2, 0]),
+  ];
+  const tail = Uint8Array.from([...directory, ...end]);
+  return await new Blob([Uint8Array.from(head), content, tail]).bytes();
 }
 
 /** Installs missing tools with apt-get, or says how. */
@@ -260,7 +318,7 @@ async function unpack({ spec, sha256 }: Tarball): Promise<string[]> {
   ];
   try {
     const tarball = `${dir}/${await run("npm", "pack", spec, ...options)}`;
-    await verify(tarball, sha256);
+    verify(tarball, await sha256Of(tarball), sha256);
     // Whom the files belonged to elsewhere means nothing on this machine.
     const extract = ["-xvzf", tarball, "-C", dir, "--no-same-owner"];
     const files = await run("tar", ...extract);
@@ -296,20 +354,23 @@ function write(path: string, content: unknown): void {
 }
 
 /** Throws if a file is not, byte for byte, the one we know. */
-async function verify(path: string, expected: string): Promise<void> {
-  const actual = await sha256Of(path);
+function verify(path: string, actual: string, expected: string): void {
   if (actual !== expected) {
     throw new Error(`${path} has the sha256 ${actual} instead of ${expected}`);
   }
 }
 
+/** The sha256 of a file. */
 async function sha256Of(path: string): Promise<string> {
-  const bytes = await Deno.readFile(path);
+  return await sha256(await Deno.readFile(path));
+}
+
+async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
   const digest = await crypto.subtle.digest("SHA-256", bytes);
   return new Uint8Array(digest).toHex();
 }
 
-export function exists(path: string): boolean {
+function exists(path: string): boolean {
   try {
     Deno.statSync(path);
     return true;
