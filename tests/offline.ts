@@ -10,7 +10,7 @@
  *
  * It imports nothing that Deno would have to fetch, since it runs before
  * anything can be fetched. What it downloads lies in vendor/, and the runtime
- * in Deno's own cache: to start afresh, delete that folder.
+ * in Deno's own cache. To start afresh, delete vendor/.
  */
 import { crc32 } from "node:zlib";
 
