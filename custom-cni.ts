@@ -15,695 +15,529 @@
 import { ensureDirSync } from "@std/fs/ensure-dir";
 import { existsSync } from "@std/fs/exists";
 import { FileHandler } from "@std/log/file-handler";
+import { type LevelName, LogLevelNames, LogLevels } from "@std/log/levels";
 import { join } from "@std/path/posix/join";
 import * as ipam from "./ipam.ts";
-import { CNIError, fail } from "./ipam.ts";
+import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
-const BRIDGE = "cni0";
+export const BRIDGE = "cni0";
 const LOG = "/var/log/cni.log";
 const NETNS_DIR = "/var/run/netns"; // where `ip netns` looks
-const CONF_DIR = "/etc/cni/net.d";
+const READY = "custom-cni"; // the alias of a bridge that was prepared
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]*$/;
-const POD = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"];
-const PATIENCE = 30; // seconds for `ip`: a kubelet waits four minutes for us
+const VALID = "cni.dev/valid-attachments";
+// Two of them and an interface's fit into an alias, which has 255 bytes.
+const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,118}$/;
 
-/** The verbs about a network: since which version, with which variables. */
-const VERBS: Record<
-  string,
-  { since: string; needs: string[]; run: (call: Call) => Promise<Answer> }
-> = {
-  ADD: { since: "0.3.0", needs: POD, run: add },
-  DEL: { since: "0.3.0", needs: ["CNI_CONTAINERID", "CNI_IFNAME"], run: del },
-  CHECK: { since: "0.4.0", needs: POD, run: check },
-  GC: { since: "1.1.0", needs: [], run: gc },
-  STATUS: { since: "1.1.0", needs: [], run: status },
+/** The verbs about a network: the version that brought it, what it needs. */
+const VERBS: Record<string, Verb> = {
+  ADD: ["0.3.0", "CONTAINERID NETNS IFNAME", add],
+  DEL: ["0.3.0", "CONTAINERID IFNAME", del],
+  CHECK: ["0.4.0", "CONTAINERID NETNS IFNAME", check],
+  GC: ["1.1.0", "", gc],
+  STATUS: ["1.1.0", "", status],
 };
 
-/** One call of the runtime: who, and the network configuration on stdin. */
-interface Call {
-  containerID: string;
-  netns: string;
-  ifname: string;
-  conf: Conf;
-  /** NAME/CONTAINERID/IFNAME: marks the host veth as this attachment's. */
-  alias: string;
-}
+/**
+ * What CNI_CONTAINERID and the like may be. Beyond the spec: nothing that the
+ * kernel (eth%d) or `ip -batch` would take for something else.
+ */
+const VARIABLES = {
+  CONTAINERID: NAME,
+  NETNS: /^\/[ !$-[\]-~\xa0-\uffff]*$/,
+  IFNAME: /^(?!(\.\.?|all|default)$)(?!.*[/:%#'"\\])[!-~]{1,15}$/,
+};
 
-/** The keys of the network configuration that matter here. */
-interface Conf {
-  cniVersion?: string;
-  name?: string;
-  podcidr?: unknown;
-  dns?: object;
-  prevResult?: Result;
-  "cni.dev/valid-attachments"?: Attachment[];
-}
+/** What the configuration's keys must be; podcidr is `parsePodCIDR()`'s. */
+const KEYS: Record<string, [must: string, isSo: (it: Any) => boolean]> = {
+  cniVersion: ["a string", like("")],
+  name: [`like ${NAME}`, (it) => NAME.test(it) && like("")(it)],
+  mtu: ["68 to 65535", (it) => Number.isInteger(it) && it > 67 && it < 65536],
+  dns: ["an object", like({})],
+  logLevel: [`one of ${LogLevelNames}`, (it) => LogLevelNames.includes(it)],
+  prevResult: ["a result", like({ interfaces: [{}], ips: [{}], routes: [{}] })],
+  [VALID]: ["attachments", like([{ containerID: "", ifname: "" }])],
+};
 
-interface Attachment {
-  containerID: string;
-  ifname: string;
-}
-
-/** What ADD answers (CNI spec, section 5, "ADD Success"). */
-interface Result {
-  interfaces?: { name: string; mac?: string; sandbox?: string }[];
-  ips?: { address: string; gateway?: string; interface?: number }[];
-  routes?: { dst: string; gw?: string }[];
-  dns?: object;
-}
+// deno-lint-ignore no-explicit-any -- JSON: of a runtime (see KEYS), or of `ip`
+type Any = any;
+type Verb = [since: string, needs: string, run: (_: Call) => Promise<Answer>];
 
 /** What a verb says: to the operator in the log, and to the runtime. */
 type Answer = [note: string, result?: object];
 
-/** What `ip -json` shows of a link. */
-interface Link {
+/** One call of the runtime: for whom, and the network's configuration. */
+interface Call {
+  netns: string;
   ifname: string;
-  ifindex: number;
-  link_index?: number;
-  address: string;
-  flags: string[];
-  ifalias?: string;
-  master?: string;
-  link_netnsid?: number;
-  addr_info?: { local: string; prefixlen: number }[];
+  conf: Any;
+  /** The name that `ip netns` is to know the namespace by, if not CNI_NETNS. */
+  name: string;
+  /** NAME/CONTAINERID/IFNAME: marks the host veth as this attachment's. */
+  alias: string;
 }
-
-/** A line for `ip -batch`, and the line that takes it back. */
-type Step = [line: string, undo?: string];
-
-/** A veth pair: its end on the host, and the address for that in the pod. */
-type Veth = { hostEnd: Link; address: string };
 
 /** ADD: gives the pod its interface, address and route, or leaves nothing. */
 async function add(call: Call): Promise<Answer> {
-  const { containerID, netns, ifname, conf } = call;
+  const { name, netns, ifname, conf } = call;
+  // podcidr, and its first address for the gateway.
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
-  ensureDirSync(NETNS_DIR);
-  const pod = inPod(netns);
-  const lookAtPod = pod.ask("link show");
-  lookAtPod.catch(() => {}); // it is told below, where it is waited for
-  const name = join(NETNS_DIR, containerID);
-  if (netns !== name && existsSync(name) && !linkTarget(name)) {
-    fail(4, `CNI_CONTAINERID ${containerID} is another namespace's name`, name);
+  if (name && existsSync(name) && !linkTarget(name)) {
+    fail(4, "CNI_CONTAINERID is the name of another namespace", name);
   }
-  const host = new Ip("-4"); // starts while the pod's one works
 
   // One ADD at a time on the node, until this one ends: no two take the same
-  // number, and none removes a bridge that another one has just joined.
-  using counter = await ipam.lockCounter();
-  const [bridge, [podLinks]] = await Promise.all([
-    lookAtBridge(host, podCIDR),
-    lookAtPod,
-  ]).catch((error) => {
-    if (!/network namespace/.test(error.details)) throw error;
-    fail(4, `CNI_NETNS ${netns} is not a network namespace`, error.details);
-  });
-  if (podLinks.some((link) => link.ifname === ifname)) {
-    fail(100, `${ifname} exists already in ${netns}`, "DEL it first");
-  }
+  // number, and none meets a bridge that is half made.
+  const minute = AbortSignal.timeout(60_000);
+  const late = new CNIError(11, `${ipam.COUNTER} is locked by another process`);
+  using counter = await orLate(minute, late, ipam.lockCounter());
 
-  // The bridge, with a MAC of its own: else it has that of one of its ports,
-  // and changes it when that pod ends, while others' ARP knows the old one.
-  const bridgeMac = bridge?.address ?? macOf(gateway);
-  const bridgeSteps: Step[] = [];
-  if (!bridge) {
-    const line = `link add ${BRIDGE} address ${bridgeMac} type bridge`;
-    bridgeSteps.push([line, `link del ${BRIDGE}`]);
-  }
-  if (!isUp(bridge)) {
-    bridgeSteps.push([`link set ${BRIDGE} up`, `link set ${BRIDGE} down`]);
-  }
-  if (!hasAddress(bridge, gateway)) {
-    const where = `${gateway}/${podCIDR.prefix} dev ${BRIDGE}`;
-    bridgeSteps.push([`addr add ${where}`, `addr del ${where}`]);
-  }
+  // The bridge, up and with the gateway's address.
+  const bridgeMac = await makeBridge(podCIDR);
 
-  const undo: string[] = [];
-  /** Does steps up to a `show`, and notes what takes back those that it did. */
-  const take = async (host: Ip, steps: Step[], show: string) => {
-    const lines = [...steps.map(([line]) => line), show];
-    const answers = await host.ask(...lines).finally(() => {
-      undo.push(...steps.slice(0, host.done).flatMap(([, line]) => line ?? []));
-    });
-    return answers[0][0];
+  // The number n, and the veth pair, with its host end vethN on the bridge.
+  const { hostEnd, address } = await makeVeth(call, podCIDR, counter);
+
+  // A name for the namespace, so that `ip netns exec CONTAINERID` works. And in
+  // the pod: up, address, default route, and its MAC is read. The route is
+  // appended, so that the one of another network stays the first.
+  const naming = name && ln(netns, name);
+  const inside = inPod(
+    netns,
+    `link set dev ${ifname} up
+    addr add ${address} dev ${ifname}
+    route append default via ${gateway} dev ${ifname}
+    link show dev ${ifname}`,
+  );
+  await Promise.allSettled([naming, inside]); // none goes on while it is undone
+  const [[[podEnd]]] = await Promise.all([inside, naming])
+    .catch((error) => takeBack(call, error));
+
+  // The result: the pod's interface is the first, as in the tutorial, but for
+  // those that plugins before this one have answered.
+  const previous = { interfaces: [], ips: [], routes: [], ...conf.prevResult };
+  const result = {
+    ...previous,
+    cniVersion: conf.cniVersion,
+    interfaces: [
+      ...previous.interfaces,
+      { name: ifname, mac: podEnd.address, sandbox: netns },
+      { name: hostEnd.ifname, mac: hostEnd.address },
+      { name: BRIDGE, mac: bridgeMac },
+    ],
+    ips: [...previous.ips, {
+      ...conf.cniVersion < "1.0.0" ? { version: "4" } : {},
+      ...{ address, gateway, interface: previous.interfaces.length },
+    }],
+    routes: [...previous.routes, { dst: "0.0.0.0/0", gw: gateway }],
+    dns: conf.dns ?? previous.dns ?? {},
   };
+  return [`${address} ${hostEnd.ifname}`, result];
+}
 
-  /**
-   * The number n: the pod's address ends in it, and its host end is vethN. All
-   * links are a long list on a full node, so they are looked through only if
-   * the kernel tells that this vethN exists already.
-   */
-  const addVeth = async (host: Ip, used?: Set<number>): Promise<Veth> => {
+/** Makes the bridge, or what it lacks, and returns its MAC. */
+async function makeBridge(podCIDR: PodCIDR): Promise<string> {
+  const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
+  const bridge = await lookAtBridge(podCIDR);
+  const isReady = bridge?.flags.includes("UP") &&
+    addressesOf(bridge).includes(gateway);
+  if (isReady && bridge.ifalias === READY) return bridge.address;
+  // A MAC of its own. Else it has that of one of its ports, and changes it when
+  // that pod ends, while others' ARP knows the old one.
+  const mac = bridge?.address ?? macOf(gateway);
+  if (!bridge) await ip(`link add ${BRIDGE} address ${mac} type bridge`);
+  // Deaf to the IPv6 router that a pod may play, before it is up.
+  const ra = `net.ipv6.conf.${BRIDGE}.accept_ra=0`;
+  await run("sysctl", ["-eqw", ra]).catch(({ message }) =>
+    log("WARN", `${message}: ${BRIDGE} takes IPv6 routes from pods`)
+  );
+  await ip(
+    `link set ${BRIDGE} address ${mac} alias ${READY} up
+    addr replace ${gateway} dev ${BRIDGE}`,
+  );
+  return mac;
+}
+
+/**
+ * Takes the number n, and makes the veth pair: the pod's address ends in n, its
+ * host end is vethN. The pod's end is born in the pod, so the node may have an
+ * eth0 of its own. Its MAC follows from the address: whoever has the address in
+ * an ARP cache reaches the new pod too. Hairpin lets a pod reach itself through
+ * its own Service.
+ */
+async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
+  const { netns, ifname, conf, alias } = call;
+  const mtu = conf.mtu ? `mtu ${conf.mtu}` : "";
+  // All links are a long list on a full node: read only if vethN exists.
+  for (let used: Set<number> | undefined;; used = await usedNumbers(podCIDR)) {
     const n = ipam.nextNumber(counter, podCIDR, used);
     const podIP = ipam.address(podCIDR, n);
-    const veth = `veth${n}`;
-    // The veth pair. The pod's end is born in the pod, so the node may have an
-    // eth0 of its own. Its MAC follows from the address: whoever has the
-    // address in an ARP cache reaches the new pod too. Hairpin lets a pod reach
-    // itself through its own Service.
-    const peer = `peer name ${ifname} address ${macOf(podIP)} netns "${netns}"`;
-    const steps: Step[] = [
-      [`link add ${veth} type veth ${peer}`, `link del ${veth}`],
-      [`link set ${veth} alias ${call.alias}`],
-      [`link set ${veth} up`],
-      [`link set ${veth} master ${BRIDGE}`],
-      [`link set ${veth} type bridge_slave hairpin on`],
-    ];
+    const hostMac = `address ${macOf(podIP, 0x59)}`;
+    const peer = `${ifname} ${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
-      const hostEnd = await take(host, steps, `link show dev ${veth}`);
+      const [[hostEnd]] = await ip(
+        `link add veth${n} ${mtu} ${hostMac} type veth peer name ${peer}
+        link set veth${n} alias ${alias}
+        link set veth${n} up
+        link set veth${n} master ${BRIDGE}
+        link set veth${n} type bridge_slave hairpin on
+        link show dev veth${n}`,
+      );
+      // The kernel tells the peer's namespace only if it is another one.
+      const isOwn = hostEnd.link_netnsid === undefined;
+      if (isOwn) fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
       return { hostEnd, address: `${podIP}/${podCIDR.prefix}` };
-    } catch (error) {
-      if (used || !/File exists/.test((error as CNIError).details)) throw error;
-      const another = new Ip("-4"); // the first one has ended
-      return await addVeth(another, await usedNumbers(another, podCIDR));
+    } catch (error: Any) {
+      if (!error.message.startsWith("ip link add")) await takeBack(call, error);
+      // No pair was made, and the kernel does not tell if for the pod's end.
+      const [[podEnd]] = await inPod(netns, `link show dev ${ifname}`)
+        .catch(({ details }) => {
+          if (!/network namespace/.test(details)) return [[]];
+          return fail(4, `CNI_NETNS ${netns} is no network namespace`, details);
+        });
+      if (podEnd) fail(100, `${ifname} exists already in ${netns}`, "DEL it");
+      if (used || !error.details.includes("File exists")) throw error;
     }
-  };
-
-  let naming = Promise.resolve(false);
-  try {
-    if (bridgeSteps.length) {
-      await take(host, bridgeSteps, `link show dev ${BRIDGE}`);
-    }
-    const { hostEnd, address } = await addVeth(host);
-    // The kernel tells the peer's namespace only if it is another one.
-    if (hostEnd.link_netnsid === undefined) {
-      fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
-    }
-
-    // A name for the namespace, so that `ip netns exec CONTAINERID` works. And
-    // in the pod: up, address, default route, and its MAC is read. The route
-    // is appended, so that the one of another network stays the first.
-    naming = nameNetns(containerID, netns);
-    const inside = pod.ask(
-      `link set dev ${ifname} up`,
-      `addr add ${address} dev ${ifname}`,
-      `route append default via ${gateway} dev ${ifname}`,
-      `link show dev ${ifname}`,
-    );
-    const [[[podEnd]]] = await Promise.all([inside, naming]);
-
-    // The result: the pod's interface is the first, as in the tutorial, but
-    // for those that plugins before this one have answered.
-    const { interfaces = [], ips = [], routes = [], ...rest } =
-      conf.prevResult ?? {};
-    const version = isBefore(conf, "1.0.0") ? { version: "4" } : {};
-    const result = {
-      ...rest,
-      cniVersion: conf.cniVersion,
-      interfaces: [
-        ...interfaces,
-        { name: ifname, mac: podEnd.address, sandbox: netns },
-        { name: hostEnd.ifname, mac: hostEnd.address },
-        { name: BRIDGE, mac: bridgeMac },
-      ],
-      ips: [
-        ...ips,
-        { ...version, address, gateway, interface: interfaces.length },
-      ],
-      routes: [...routes, { dst: "0.0.0.0/0", gw: gateway }],
-      dns: conf.dns ?? rest.dns ?? {},
-    };
-    return [`${address} ${hostEnd.ifname}`, result];
-  } catch (error) {
-    try {
-      if (await naming.catch(() => false)) Deno.removeSync(name);
-      await new Ip("-force").ask(...undo.reverse(), "link show");
-    } catch {
-      // What is left carries the alias: DEL finds it.
-    }
-    throw error;
   }
 }
 
-/** DEL: takes the attachment away, as often as asked, whatever is left of it. */
+/** Takes back what an ADD made, as DEL does, and passes its error on. */
+async function takeBack(call: Call, error: unknown): Promise<never> {
+  // What can't be taken back now carries the alias: a later DEL finds it.
+  await del(call).catch(() => {});
+  throw error;
+}
+
+/** DEL: takes the attachment away, as often as asked, whatever is left. */
 async function del(call: Call): Promise<Answer> {
-  const { containerID, netns, ifname, alias } = call;
-  const host = new Ip("-force");
-  const [links] = await host.ask("link show");
+  const { name, netns, ifname, alias } = call;
+  const [links] = await ip("link show");
   let ours = links.filter((link) => link.ifalias === alias);
-  if (!ours.length && netns.startsWith("/")) {
+  if (!ours.length && netns) {
     // Was an ADD killed before it wrote the alias? The ends know each other.
-    const [inside] = await inPod(netns).ask("link show").catch(() => [[]]);
-    const end = inside.find((link) => link.ifname === ifname);
-    ours = links.filter((link) =>
-      !link.ifalias && /^veth\d+$/.test(link.ifname) &&
-      link.ifindex === end?.link_index && link.link_index === end.ifindex
+    const [[end]] = await inPod(netns, `link show dev ${ifname}`)
+      .catch((): Any[][] => [[]]);
+    ours = links.filter(({ ifalias, ifindex, link_index }) =>
+      !ifalias && ifindex === end?.link_index && link_index === end.ifindex
     );
   }
   // With its host end go the pod's end, its address and its route.
-  const left = await removeLinks(host, ours);
-  if (netns !== join(NETNS_DIR, containerID)) unnameNetns(containerID, left);
+  const left = await removeLinks(ours, links);
+  if (name) unname(name, left);
   return [ours.map((link) => link.ifname).join(" ") || "nothing left"];
 }
 
 /** CHECK: is all as ADD answered it? If not, says all that is missing. */
 async function check(call: Call): Promise<Answer> {
-  const { containerID, netns, ifname, conf } = call;
+  const { name, netns, ifname, conf, alias } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
-  const { interfaces = [], ips = [], routes = [] } = conf.prevResult ??
-    fail(7, "CHECK needs the prevResult that ADD answered");
-  const missing: string[] = [];
-  const expect = (isThere: unknown, what: string) =>
-    isThere || missing.push(what);
+  const { interfaces = [], ips = [], routes = [] }: Record<string, Any[]> =
+    conf.prevResult ?? fail(7, "CHECK needs the prevResult that ADD answered");
+  const index = interfaces.findIndex((it) => it.name === ifname && it.sandbox);
+  const { address } = ips.find((ip) => ip.interface === index) ?? {};
+  // A plugin after this one may replace the route, and then says so.
+  const hasRoute = routes.some((it) => it.dst === "0.0.0.0/0" && it.gw);
 
-  const host = new Ip("-4");
-  const [links] = await host.ask("link show");
-  const veth = links.find((link) => link.ifalias === call.alias);
-  expect(isUp(veth), `veth with alias ${call.alias} that is up`);
-  expect(veth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
-  const bridge = await lookAtBridge(host, podCIDR);
-  expect(isUp(bridge), `${BRIDGE} that is up`);
-  expect(hasAddress(bridge, gateway), `${BRIDGE} with ${gateway}`);
-  expect(isNamed(containerID, netns), `name ${containerID} for ${netns}`);
-
-  const index = interfaces.findIndex(({ name, sandbox }) =>
-    name === ifname && sandbox === netns
-  );
-  const ours = ips.filter((ip) => ip.interface === index);
-  expect(ours.length, `address for ${ifname} in prevResult`);
-  try {
-    const [[pod], route] = await inPod(netns).ask(
-      `addr show dev ${ifname}`,
-      `route show default via ${gateway} dev ${ifname}`,
-    );
-    expect(isUp(pod), `${ifname} that is up`);
-    for (const { address } of ours) {
-      expect(hasAddress(pod, address), `${ifname} with ${address}`);
-    }
-    const mac = interfaces[index]?.mac;
-    expect(!mac || pod.address === mac, `${ifname} with the MAC ${mac}`);
-    // A plugin after this one may replace the route, and then says so.
-    if (routes.some(({ dst, gw }) => dst === "0.0.0.0/0" && gw === gateway)) {
-      expect(route.length, `default route via ${gateway}`);
-    }
-  } catch (error) {
-    expect(false, `${ifname} in ${netns}: ${(error as CNIError).details}`);
-  }
-  if (missing.length) {
-    fail(101, "Not as ADD left it", `no ${missing.join(", no ")}`);
-  }
-  return ["as ADD left it"];
+  const [links] = await ip("link show");
+  const hostEnd = links.find((link) => link.ifalias === alias);
+  const bridge = await lookAtBridge(podCIDR);
+  const isNamed = !name ||
+    linkTarget(name)?.endsWith(netns.replace(/^\/var\/run/, "/run"));
+  const [[podEnd], [route]] = await inPod(
+    netns,
+    `addr show dev ${ifname}
+    route show default via ${gateway} dev ${ifname}`,
+  ).catch((): Any[][] => [[], []]);
+  const expected: [isThere: unknown, what: string][] = [
+    [hostEnd?.flags.includes("UP"), `veth with alias ${alias} that is up`],
+    [hostEnd?.master === BRIDGE, `veth of it on ${BRIDGE}`],
+    [bridge?.flags.includes("UP"), `${BRIDGE} that is up`],
+    [
+      addressesOf(bridge).includes(`${gateway}/${podCIDR.prefix}`),
+      `${BRIDGE} with ${gateway}`,
+    ],
+    [isNamed, `name ${name} for ${netns}`],
+    [podEnd?.flags.includes("UP"), `${ifname} in ${netns} that is up`],
+    [addressesOf(podEnd).includes(address), `${ifname} with ${address}`],
+    [podEnd?.address === interfaces[index]?.mac, `${ifname} with its MAC`],
+    [route || !hasRoute, `default route via ${gateway}`],
+  ];
+  const missing = expected.flatMap(([isThere, what]) => isThere ? [] : what);
+  if (!missing.length) return ["as ADD left it"];
+  return fail(101, "Not as ADD left it", `no ${missing.join(", no ")}`);
 }
 
 /** GC: removes what is this network's and not in the runtime's list. */
 async function gc({ conf }: Call): Promise<Answer> {
-  const valid = conf["cni.dev/valid-attachments"];
   // No list is not an empty list: better a leftover than a pod without network.
-  if (!valid) return ["no cni.dev/valid-attachments: removed nothing"];
-  const isWhole = (pod: Attachment) =>
-    [pod.containerID, pod.ifname].every((key) => typeof key === "string");
-  if (!valid.every(isWhole)) fail(7, "cni.dev/valid-attachments lacks a key");
-  const network = `${conf.name}/`;
-  const keep = valid.map((pod) => `${network}${pod.containerID}/${pod.ifname}`);
-  const host = new Ip("-force");
-  const [links] = await host.ask("link show");
-  const stale = links.filter(({ ifalias = "" }) =>
-    ifalias.startsWith(network) && !keep.includes(ifalias)
+  if (!conf[VALID]) return [`no ${VALID}: removed nothing`];
+  const valid: string[] = conf[VALID].map(({ containerID, ifname }: Any) =>
+    `${conf.name}/${containerID}/${ifname}`
   );
-  const left = await removeLinks(host, stale);
-  for (const { ifalias } of stale) unnameNetns(ifalias!.split("/")[1], left);
-  // A namespace that went without a DEL took its veth along, not its name.
-  for (const name of namesIn(NETNS_DIR)) {
-    if (!existsSync(join(NETNS_DIR, name))) unnameNetns(name, left);
+  const [links] = await ip("link show");
+  const stale = links.filter(({ ifalias = "" }) =>
+    ifalias.startsWith(`${conf.name}/`) && !valid.includes(ifalias)
+  );
+  const left = await removeLinks(stale, links);
+  for (const { ifalias } of stale) {
+    unname(join(NETNS_DIR, ifalias.split("/")[1]), left);
+  }
+  // A namespace that went without a DEL took its veth along, not its name: a
+  // link to nowhere, by the long hexadecimal number that is a runtime's ID.
+  ensureDirSync(NETNS_DIR);
+  for (const { name } of Deno.readDirSync(NETNS_DIR)) {
+    const path = join(NETNS_DIR, name);
+    if (/^[\da-f]{32,}$/.test(name) && !existsSync(path)) unname(path, left);
   }
   return [stale.map((link) => link.ifname).join(" ") || "nothing stale"];
 }
 
-/** STATUS: would an ADD succeed now? */
+/** STATUS: would an ADD succeed now? A full node is no fault: pods end. */
 async function status({ conf }: Call): Promise<Answer> {
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   try {
     ipam.checkCounter();
-    const host = new Ip("-4");
-    await lookAtBridge(host, podCIDR);
-    const used = await usedNumbers(host, podCIDR);
-    if (used.size >= podCIDR.room) {
-      fail(11, `No free address in ${podCIDR.text}`);
-    }
-  } catch (error) {
-    const { message, details } = error as CNIError;
+    await lookAtBridge(podCIDR);
+  } catch ({ message, details }: Any) {
     fail(50, `No pod can be added: ${message}`, details);
   }
   return [""]; // runtimes ask every few seconds: not a line each in the log
-}
-
-/** Run by hand: looks at the node, and says what mends each trouble. */
-async function doctor(): Promise<void> {
-  const look = async (at: () => Promise<string>) => {
-    try {
-      console.error(`ok   ${await at()}`);
-    } catch (error) {
-      const { message, details = "" } = error as CNIError;
-      console.error(`BAD  ${message}\n     ${details}`);
-    }
-  };
-  const json = { with: { type: "json" } } as const;
-  const { version } = (await import("./deno.json", json)).default;
-  console.error(`custom-cni ${version}, for CNI ${VERSIONS.join(", ")}`);
-  console.error("A container runtime runs it for each pod. This node:");
-
-  const found: ipam.PodCIDR[] = [];
-  await look(async () => {
-    // The runtime takes the first file by name, and no other.
-    const isConf = (name: string) => /\.(conf|conflist|json)$/.test(name);
-    const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
-    const file = namesIn(CONF_DIR).find(isConf) ??
-      fail(7, `${CONF_DIR} is empty ("cni config uninitialized")`, copy);
-    const conf = JSON.parse(await Deno.readTextFile(join(CONF_DIR, file)));
-    const plugins: (Conf & { type: string })[] = conf.plugins ?? [conf];
-    const ours = plugins.find(({ type }) => type === "custom-cni") ??
-      fail(
-        7,
-        `${file} comes first, for another plugin`,
-        `mv ${CONF_DIR}/${file} /root`,
-      );
-    found.push(ipam.parsePodCIDR(ours.podcidr));
-    return `${CONF_DIR}/${file}: podcidr ${ours.podcidr}`;
-  });
-  await look(async () => {
-    const netconf = await run("ip", "netconf", "show");
-    if (netconf.includes("inet all forwarding on")) return "ip_forward is on";
-    const mend = "sysctl -w net.ipv4.ip_forward=1";
-    return fail(100, "ip_forward is off: pods reach no other network", mend);
-  });
-  const [podCIDR] = found;
-  if (!podCIDR) return;
-  await look(async () => {
-    const host = new Ip("-4");
-    const bridge = await lookAtBridge(host, podCIDR);
-    const used = await usedNumbers(host, podCIDR);
-    const gateway = ipam.address(podCIDR, 1);
-    const has = hasAddress(bridge, gateway) ? "has" : "will get";
-    const counts = `addresses: ${used.size} used of ${podCIDR.room}`;
-    if (used.size >= podCIDR.room) fail(11, counts, "kubectl delete pod POD");
-    return `${BRIDGE} ${has} ${gateway}; ${counts}`;
-  });
-  await look(async () => {
-    const now = await run("iptables", "-w", "5", "-S", "FORWARD");
-    const rules = ["-s", "-d"].map((way) =>
-      `-A FORWARD ${way} ${podCIDR.text} -j ACCEPT`
-    );
-    const mend = rules.filter((rule) => !now.includes(rule))
-      .map((rule) => `iptables ${rule}`).join(" && ");
-    if (mend && now.includes("-P FORWARD DROP")) {
-      fail(100, "FORWARD drops the pods' packets", mend);
-    }
-    return "FORWARD lets the pods' packets pass";
-  });
 }
 
 /** Reads the call, lets its verb run, answers the runtime, writes the log. */
 async function main(): Promise<number> {
   const command = Deno.env.get("CNI_COMMAND");
   if (!command) {
-    await doctor();
+    const json = { with: { type: "json" } } as const;
+    const { version } = (await import("./deno.json", json)).default;
+    console.error(`custom-cni ${version}, for CNI ${VERSIONS.join(", ")}`);
+    console.error("To look at this node: deno run -A node-setup.ts --check");
     return 0;
   }
   const who = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"]
     .flatMap((name) => Deno.env.get(name) || []).join(" ");
-  let conf: Conf | CNIError;
+  let conf: Any = {};
   try {
-    conf = readConf();
-  } catch (error) {
-    conf = error as CNIError; // for a verb that needs it
-  }
-  try {
+    conf = readStdin(command);
     const [note, result] = await answer(command, conf);
     if (result) console.log(JSON.stringify(result, null, 2));
-    if (note) log(`${who} ${note}`);
+    if (note) log("INFO", `${who} ${note}`);
     return 0;
-  } catch (error) {
+  } catch (error: Any) {
     // What is no CNIError is a fault of this program, and is answered too.
-    const { code = 999, message: msg, details = "" } = error as CNIError;
-    const asked = (conf as Conf).cniVersion ?? "";
-    const cniVersion = VERSIONS.includes(asked) ? asked : VERSIONS.at(-1);
+    const { code = 999, message: msg, details = "" } = error;
+    const asked = VERSIONS.find((version) => version === conf.cniVersion);
+    const cniVersion = asked ?? VERSIONS.at(-1);
     console.log(JSON.stringify({ cniVersion, code, msg, details }, null, 2));
-    log(`${who} error ${code}: ${msg}; ${details}`);
+    log("ERROR", `${who} error ${code}: ${msg}; ${details}`);
     return 1;
   }
 }
 
-/** Checks the call from the outside in, and hands it to its verb. */
-async function answer(
-  command: string,
-  conf: Conf | CNIError,
-): Promise<Answer> {
-  const { cniVersion = "0.1.0", name = "" } = conf as Conf; // as of old
-  if (command === "GET") return ["a no-op"];
-  if (command === "VERSION") {
-    return [cniVersion, { cniVersion, supportedVersions: VERSIONS }];
-  }
-  if (!Object.hasOwn(VERBS, command)) {
-    const verbs = `one of ${Object.keys(VERBS)}`;
-    fail(4, `CNI_COMMAND ${JSON.stringify(command)} is unknown`, verbs);
-  }
-  const { since, needs, run } = VERBS[command];
-  const [containerID, netns, ifname] = readVariables(needs);
-  if (conf instanceof CNIError) throw conf;
-  if (!VERSIONS.includes(cniVersion)) {
-    const known = `one of ${VERSIONS}`;
-    fail(1, `cniVersion ${JSON.stringify(cniVersion)} is unknown`, known);
-  }
-  if (isBefore(conf, since)) fail(1, `${command} came with CNI ${since}`);
-  if (!NAME.test(name)) {
-    fail(7, `name ${JSON.stringify(name)} is not a network's`, `${NAME}`);
-  }
-  const alias = `${name}/${containerID}/${ifname}`;
-  if (alias.length > 255) {
-    fail(4, "CNI_CONTAINERID is too long", "an alias has up to 255 bytes");
-  }
-  return await run({ containerID, netns, ifname, conf, alias });
-}
-
-/** Reads the network configuration from stdin, and checks its types. */
-function readConf(): Conf {
+/** The configuration on stdin, which only the verbs about a network need. */
+function readStdin(command: string): Any {
   const decoder = new TextDecoder("utf-8", { fatal: true });
   const chunk = new Uint8Array(65536);
   let text = "";
-  let conf;
   try {
     // A stream would read it as well, two milliseconds later.
     for (let n; (n = Deno.stdin.readSync(chunk)) !== null;) {
       text += decoder.decode(chunk.subarray(0, n), { stream: true });
     }
-    // Go's JSON takes null for absent, and runtimes are written in Go.
-    conf = JSON.parse(text, (_, value) => value ?? undefined);
+    return parseConf(text);
   } catch (error) {
-    fail(6, "stdin is not JSON", `${error}`);
+    return Object.hasOwn(VERBS, command)
+      ? fail(6, "No conf on stdin", `${error}`)
+      : {};
   }
-  const isObject = (value: unknown) =>
-    Object.prototype.toString.call(value) === "[object Object]";
-  if (!isObject(conf)) fail(6, "stdin is not a JSON object");
-  const { cniVersion = "", name = "", dns = {}, prevResult = {} } = conf;
-  const { interfaces = [], ips = [], routes = [] } = prevResult;
-  const { "cni.dev/valid-attachments": valid = [] } = conf;
-  const isWell = [cniVersion, name].every((key) => typeof key === "string") &&
-    [dns, prevResult].every(isObject) &&
-    [interfaces, ips, routes, valid].every((key) =>
-      Array.isArray(key) && key.every(isObject)
-    );
-  if (!isWell) fail(7, "A key on stdin has the wrong type", "see the CNI spec");
-  return conf;
 }
 
-/** Reads the attachment's variables; an empty one counts as missing. */
-function readVariables(needs: string[]): string[] {
-  // Beyond the spec: nothing that the kernel (eth%d) or `ip -batch` would
-  // take for something else.
-  const valid = [
-    NAME,
-    /^\/[ !$-[\]-~\xa0-\uffff]*$/,
-    /^(?!(\.\.?|all|default)$)(?!.*[/:%#'"\\])[!-~]{1,15}$/,
-  ];
-  const values = POD.map((name) => Deno.env.get(name) ?? "");
-  const bad = POD.filter((name, i) =>
-    needs.includes(name) && !valid[i].test(values[i])
-  ).map((name) => `${name}=${JSON.stringify(Deno.env.get(name) ?? "")}`);
-  if (bad.length) {
-    fail(4, `Missing or bad: ${bad.join(", ")}`, "see the CNI spec");
+/** Reads a configuration; throws if it is no JSON object. */
+export function parseConf(text: string): Any {
+  // Go's JSON takes null for absent, and runtimes are written in Go.
+  const conf = JSON.parse(text, (_, value) => value ?? undefined);
+  return like({})(conf) ? conf : fail(6, "It is not a JSON object");
+}
+
+/** Checks the call from the outside in, and hands it to its verb. */
+async function answer(command: string, conf: Any): Promise<Answer> {
+  const { cniVersion = "0.1.0" } = conf; // as of old
+  if (command === "GET") return ["a no-op"];
+  if (command === "VERSION") {
+    return [cniVersion, { cniVersion, supportedVersions: VERSIONS }];
   }
-  return values;
+  const verbs = `one of ${Object.keys(VERBS)}`;
+  const [since, needs, verb] = Object.hasOwn(VERBS, command)
+    ? VERBS[command]
+    : fail(4, `CNI_COMMAND ${JSON.stringify(command)} is unknown`, verbs);
+  const read = (name: string) => Deno.env.get(`CNI_${name}`) ?? "";
+  const bad = Object.entries(VARIABLES)
+    .filter(([name, valid]) => needs.includes(name) && !valid.test(read(name)))
+    .map(([name]) => `CNI_${name}=${JSON.stringify(read(name))}`);
+  if (bad.length) fail(4, `Missing or bad: ${bad.join()}`, "see the CNI spec");
+  checkConf(conf);
+  if (conf.cniVersion < since) fail(1, `${command} came with CNI ${since}`);
+  logLevel = conf.logLevel ?? logLevel;
+
+  const [containerID, netns, ifname] = Object.keys(VARIABLES).map(read);
+  const alias = `${conf.name}/${containerID}/${ifname}`;
+  const path = join(NETNS_DIR, containerID);
+  const name = netns.replace(/^\/run\//, "/var/run/") === path ? "" : path;
+  return await verb({ netns, ifname, conf, name, alias });
+}
+
+/** Checks a conf but for podcidr. @throws {CNIError} 7; 1 for its version. */
+export function checkConf(conf: Any): void {
+  for (const [key, value] of Object.entries({ name: "", ...conf })) {
+    const [must, isSo] = Object.hasOwn(KEYS, key) ? KEYS[key] : [];
+    if (value === undefined || !isSo || isSo(value)) continue;
+    fail(7, `${key} ${JSON.stringify(value).slice(0, 80)} must be ${must}`);
+  }
+  if (VERSIONS.includes(conf.cniVersion)) return;
+  const version = JSON.stringify(conf.cniVersion) ?? "is missing, that";
+  fail(1, `cniVersion ${version} is unknown`, `one of ${VERSIONS}`);
+}
+
+/** Tells whether a value has the types of a sample; a list may be missing. */
+function like(sample: Any): (value: Any) => boolean {
+  const kind = (it: Any) => Object.prototype.toString.call(it);
+  return (value) => {
+    if (value === undefined) return Array.isArray(sample);
+    if (kind(value) !== kind(sample)) return false;
+    if (Array.isArray(sample)) return value.every(like(sample[0]));
+    return Object.keys(sample).every((key) => like(sample[key])(value[key]));
+  };
 }
 
 /**
- * One `ip -batch` to talk to: it does lines as they come, and answers a `show`
- * with a line of JSON. So an ADD needs two of them, for the host and the pod.
+ * Has one `ip` do some lines, and returns what those that show something
+ * answered. With the option -force it goes on after a line that fails.
+ *
+ * @throws {CNIError} 100 with the line that failed.
  */
-class Ip {
-  /** How many lines of the last question were done, as far as is known. */
-  done = 0;
-  #before = 0;
-  #text = "";
-  #child: Deno.ChildProcess;
-  #stdin: WritableStreamDefaultWriter<Uint8Array>;
-  #stdout: ReadableStreamDefaultReader<Uint8Array>;
-
-  constructor(...args: string[]) {
-    this.#child = spawn("ip", ...args, "-json", "-batch", "-");
-    this.#stdin = this.#child.stdin.getWriter();
-    this.#stdout = this.#child.stdout.getReader();
+export async function ip(text: string, ...options: string[]): Promise<Any[][]> {
+  const lines = text.split("\n").map((line) => line.trim());
+  for (const line of lines) log("DEBUG", ["ip", ...options, line].join(" "));
+  const args = [...options, "-json", "-batch", "-"];
+  const { code, stdout, stderr } = await run("ip", args, lines.join("\n"));
+  const answers = stdout.split("\n").filter(Boolean);
+  if (code && !(options.includes("-force") && answers.length)) {
+    const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
+    fail(100, `ip ${lines[failed - 1]}`, stderr);
   }
-
-  /**
-   * Sends lines, of which the last is a `show`: its answer tells that all are
-   * done. Without -force `ip` ends at the first line that fails.
-   *
-   * @throws {CNIError} 100 with that line, or if there is no answer in time.
-   */
-  async ask(...lines: string[]): Promise<Link[][]> {
-    this.done = lines.length;
-    const bytes = new TextEncoder().encode(lines.join("\n") + "\n");
-    // If it has ended, the missing answer tells.
-    this.#stdin.write(bytes).catch(() => {});
-    const late = new Promise<undefined>((end) =>
-      setTimeout(end, PATIENCE * 1000, undefined)
-    );
-    const answers: Link[][] = [];
-    for (const _ of lines.filter((line) => /^\w+ show/.test(line))) {
-      const answer = await Promise.race([this.#readLine(), late]);
-      if (answer) answers.push(JSON.parse(answer));
-      else {
-        const rest = new Response(this.#child.stderr).text();
-        const stderr = await Promise.race([rest, late]);
-        if (stderr === undefined) this.#child.kill("SIGKILL");
-        const failed = /failed -:(\d+)/.exec(stderr ?? "")?.[1];
-        if (failed) this.done = Number(failed) - 1 - this.#before;
-        const line = lines[this.done] ?? lines[0];
-        const hangs = `no answer in ${PATIENCE} seconds`;
-        fail(100, `ip ${line}`, stderr?.trim() ?? hangs);
-      }
-    }
-    this.#before += lines.length;
-    return answers;
-  }
-
-  async #readLine(): Promise<string | undefined> {
-    const decoder = new TextDecoder();
-    while (!this.#text.includes("\n")) {
-      const { value, done } = await this.#stdout.read();
-      if (done) return undefined;
-      this.#text += decoder.decode(value, { stream: true });
-    }
-    const end = this.#text.indexOf("\n");
-    const line = this.#text.slice(0, end);
-    this.#text = this.#text.slice(end + 1);
-    return line;
-  }
-}
-
-/** Runs a program to its end, and returns what it wrote. */
-async function run(program: string, ...args: string[]): Promise<string> {
-  const { success, stdout, stderr } = await spawn(program, ...args).output();
-  const [out, err] = [stdout, stderr].map((bytes) =>
-    new TextDecoder().decode(bytes)
-  );
-  return success ? out : fail(100, `${program} ${args.join(" ")}`, err.trim());
-}
-
-/** Starts a program, or says how to get it. */
-function spawn(program: string, ...args: string[]): Deno.ChildProcess {
-  try {
-    return new Deno.Command(program, {
-      args,
-      // containerd sets LD_LIBRARY_PATH, with which Deno starts no program.
-      clearEnv: true,
-      env: { PATH: Deno.env.get("PATH") ?? "" },
-      stdin: "piped",
-      stdout: "piped",
-      stderr: "piped",
-    }).spawn();
-  } catch (error) {
-    const mend = "apt-get install iproute2 iptables coreutils";
-    const isMissing = error instanceof Deno.errors.NotFound;
-    if (isMissing) fail(100, `${program} is not on the PATH`, mend);
-    return fail(100, `${program} does not start`, `${error}`);
-  }
+  // `ip` leaves control characters in the alias of a link as they are.
+  return answers.map((json) => JSON.parse(json.replace(/[^ -\uffff]/g, " ")));
 }
 
 /** `ip` inside a namespace. */
-function inPod(netns: string): Ip {
+function inPod(netns: string, lines: string): Promise<Any[][]> {
   // -n looks below /var/run/netns; from there a path may go up to any other.
-  return new Ip("-n", `../../..${netns}`);
+  return ip(lines, "-n", `../../..${netns}`);
+}
+
+/** Runs a program to its end. @throws {CNIError} 100 if it can't, or hangs. */
+export async function run(program: string, args: string[], input = "") {
+  const signal = AbortSignal.timeout(30_000);
+  let child: Deno.ChildProcess;
+  try {
+    child = new Deno.Command(program, {
+      args,
+      cwd: "/", // the one of the caller may be gone
+      // containerd sets LD_LIBRARY_PATH, with which Deno starts no program.
+      clearEnv: true,
+      env: { PATH: Deno.env.get("PATH") ?? "" },
+      ...{ stdin: "piped", stdout: "piped", stderr: "piped" },
+      signal,
+    }).spawn();
+  } catch (error) {
+    const message = `${program} is not on the PATH, or does not start`;
+    return fail(100, message, `apt-get install iproute2 coreutils; ${error}`);
+  }
+  const stdin = child.stdin.getWriter();
+  stdin.write(new TextEncoder().encode(`${input}\n`)).then(() => stdin.close())
+    .catch(() => {}); // it has ended, and its status tells why
+  const late = new CNIError(100, `${program} hangs`, `30 seconds for ${input}`);
+  const { code, ...output } = await orLate(signal, late, child.output());
+  const [stdout, stderr] = [output.stdout, output.stderr].map((bytes) =>
+    new TextDecoder().decode(bytes).trim()
+  );
+  return { code, stdout, stderr };
+}
+
+/**
+ * Waits for some work until a signal. That is no timer, since for the first one
+ * of a program Deno loads 22 scripts, ten milliseconds.
+ */
+function orLate<T>(
+  end: AbortSignal,
+  late: Error,
+  work: Promise<T>,
+): Promise<T> {
+  const { promise, reject } = Promise.withResolvers<T>();
+  end.onabort = () => reject(late);
+  return Promise.race([work, promise]);
 }
 
 /** Deletes links and returns what is left; one may go by itself meanwhile. */
-async function removeLinks(host: Ip, links: Link[]): Promise<Link[]> {
-  const lines = links.map(({ ifname }) => `link del ${ifname}`);
-  const [left] = await host.ask(...lines, "link show");
-  const stuck = left.find(({ ifindex }) =>
-    links.some((link) => link.ifindex === ifindex)
-  );
-  if (stuck) fail(100, `ip link del ${stuck.ifname}`, "it is still there");
-  return left;
+async function removeLinks(links: Any[], all: Any[]): Promise<Any[]> {
+  if (!links.length) return all;
+  const lines = links.map(({ ifname }) => `link del ${ifname}\n`);
+  const [left] = await ip(`${lines.join("")}link show`, "-force");
+  const indexes = links.map(({ ifindex }) => ifindex);
+  const stuck = left.find(({ ifindex }) => indexes.includes(ifindex));
+  return stuck ? fail(100, `ip link del ${stuck.ifname}`, "it stays") : left;
 }
 
 /**
  * The bridge, if it is there.
  *
- * @param host With -4: the listing then leaves out links without an address.
- * @throws {CNIError} 7 if the node reaches addresses of the range another way.
+ * @throws {CNIError} 7 if it is no bridge, or if the node reaches addresses of
+ * the range another way.
  */
-async function lookAtBridge(
-  host: Ip,
-  podCIDR: ipam.PodCIDR,
-): Promise<Link | undefined> {
-  const [links] = await host.ask("addr show");
+export async function lookAtBridge(podCIDR: PodCIDR): Promise<Any> {
   const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
-  for (const { ifname, addr_info = [] } of links) {
-    for (const { local, prefixlen } of addr_info) {
-      const taken = `${local}/${prefixlen}`;
-      if (ifname === BRIDGE && taken === gateway) continue;
-      if (ipam.overlaps(podCIDR, taken)) {
-        const why =
-          `${ifname} has ${taken}, and ${BRIDGE} is to get ${gateway}`;
-        fail(7, `podcidr ${podCIDR.text} is the node's already`, why);
-      }
-    }
+  // -4 leaves out links without an address, such as all the veths.
+  const show = `addr show\nlink show dev ${BRIDGE} type bridge`;
+  const [links, [bridge] = []] = await ip(show, "-force", "-4");
+  const mend = `if it is not needed: ip link del ${BRIDGE}`;
+  if (bridge && !bridge.ifname) fail(7, `${BRIDGE} is not a bridge`, mend);
+  for (const link of links) {
+    const isBridge = link.ifname === BRIDGE;
+    if (isBridge) bridge.addr_info = link.addr_info;
+    const taken = addressesOf(link).find((address) =>
+      !(isBridge && address === gateway) && ipam.overlaps(podCIDR, address)
+    );
+    if (!taken) continue;
+    const why = `${link.ifname} has ${taken}, ${BRIDGE} is to get ${gateway}`;
+    const message = `podcidr ${podCIDR.text} is the node's already`;
+    fail(7, message, isBridge ? `${why}; ${mend}` : why);
   }
-  const isBridge = ({ ifname }: Link) => ifname === BRIDGE;
-  const bridge = links.find(isBridge);
-  if (bridge) return bridge;
-  const [withoutAddress] = await host.ask("link show type bridge");
-  return withoutAddress.find(isBridge);
+  return bridge;
 }
 
 /** The numbers of a range that are in use: those whose vethN exists. */
-async function usedNumbers(
-  host: Ip,
-  podCIDR: ipam.PodCIDR,
-): Promise<Set<number>> {
-  const [links] = await host.ask("link show");
-  const numbers = links.map(({ ifname }) => /^veth(\d+)$/.exec(ifname)?.[1]);
-  return new Set(
-    numbers.map(Number).filter((n) => n > 1 && n < podCIDR.size - 1),
-  );
+export async function usedNumbers({ size }: PodCIDR) {
+  const [links] = await ip("link show");
+  const names = links.flatMap((link) => [link.ifname, ...link.altnames ?? []]);
+  const numbers = names.map((name) => Number(/^veth(\d+)$/.exec(name)?.[1]));
+  return new Set(numbers.filter((n) => n > 1 && n < size - 1));
 }
 
-/**
- * ln -sfT $CNI_NETNS /var/run/netns/$CNI_CONTAINERID, where it isn't so yet.
- * By a process, since Deno.symlink asks for the right to write everywhere.
- */
-async function nameNetns(containerID: string, netns: string): Promise<boolean> {
-  if (isNamed(containerID, netns)) return false;
-  await run("ln", "-sfT", netns, join(NETNS_DIR, containerID));
-  return true;
-}
-
-function isNamed(containerID: string, netns: string): boolean {
-  const name = join(NETNS_DIR, containerID);
-  return netns === name || netns === linkTarget(name);
+/** By a process: Deno.symlink asks for the right to write everywhere. */
+async function ln(target: string, name: string): Promise<void> {
+  ensureDirSync(NETNS_DIR);
+  const args = ["-sfT", target, name];
+  log("DEBUG", `ln ${args.join(" ")}`);
+  const { code, stderr } = await run("ln", args);
+  if (code) fail(100, `ln ${args.join(" ")}`, stderr);
 }
 
 /** Takes the name away with the container's last interface, if it is a link. */
-function unnameNetns(containerID: string, links: Link[]): void {
-  const name = join(NETNS_DIR, containerID);
-  const isUsed = links.some(({ ifalias }) =>
-    ifalias?.split("/")[1] === containerID
-  );
-  if (!isUsed && linkTarget(name)) Deno.removeSync(name);
+function unname(name: string, links: Any[]): void {
+  const isOf = ({ ifalias = "" }) => name.endsWith(`/${ifalias.split("/")[1]}`);
+  if (!links.some(isOf) && linkTarget(name)) Deno.removeSync(name);
 }
 
 /** Where a symbolic link points; nowhere for anything else. */
@@ -715,45 +549,33 @@ function linkTarget(path: string): string | undefined {
   }
 }
 
-/** The names in a folder, sorted; none if it isn't there. */
-function namesIn(folder: string): string[] {
-  if (!existsSync(folder)) return [];
-  return Array.from(Deno.readDirSync(folder), ({ name }) => name).sort();
+/** The addresses of a link, with their prefixes. */
+function addressesOf(link: Any): string[] {
+  const text = ({ local, prefixlen }: Any) => `${local}/${prefixlen}`;
+  return (link?.addr_info ?? []).map(text);
 }
 
-function isBefore({ cniVersion }: Conf, version: string): boolean {
-  return VERSIONS.indexOf(`${cniVersion}`) < VERSIONS.indexOf(version);
-}
-
-function isUp(link: Link | undefined): boolean {
-  return link?.flags.includes("UP") ?? false;
-}
-
-/** Has the link this address, written with its prefix or without? */
-function hasAddress(link: Link | undefined, address: string): boolean {
-  return link?.addr_info?.some(({ local, prefixlen }) =>
-    [local, `${local}/${prefixlen}`].includes(address)
-  ) ?? false;
-}
-
-/** The MAC 0a:58 and the four bytes of the address. */
-function macOf(address: string): string {
-  const bytes = [10, 88, ...address.split(".").map(Number)];
+/** The MAC 0a:58 and the four bytes of the address; 0a:59 for its host end. */
+function macOf(address: string, second = 0x58): string {
+  const bytes = [0x0a, second, ...address.split(/[./]/, 4).map(Number)];
   return bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(":");
 }
 
-/** One line a call for the operator. A full disk must not fail a pod. */
-function log(line: string): void {
+let logLevel: LevelName = "INFO";
+
+/** A line for the operator. A full disk must not fail a pod. */
+function log(level: LevelName, line: string): void {
+  if (LogLevels[level] < LogLevels[logLevel]) return;
+  const ms = level === "DEBUG" ? "" : ` (${Math.round(performance.now())} ms)`;
+  // No input may begin a line of its own. (\p{Cc} says it as well, but V8 takes
+  // a millisecond to load its table.)
+  const text = line.replace(/[^ -~\xa0-\u2027\u202a-\uffff]+/g, " ");
   try {
     // FileHandler creates a file with no mode of our choice.
     Deno.openSync(LOG, { append: true, create: true, mode: 0o640 }).close();
-    using file = new FileHandler("INFO", { filename: LOG, bufferSize: 0 });
+    using file = new FileHandler(level, { filename: LOG, bufferSize: 0 });
     file.setup();
-    const time = new Date().toISOString();
-    const text = `${time} ${line} (${Math.round(performance.now())} ms)`;
-    // No input may begin a line of its own. (\p{Cc} says it as well, but V8
-    // takes a millisecond to load its table.)
-    file.log(text.replace(/[^ -~\xa0-\u2027\u202a-\uffff]+/g, " "));
+    file.log(`${new Date().toISOString()} ${text}${ms}`);
   } catch (error) {
     console.error(`custom-cni: no line in ${LOG}: ${error}`);
   }

@@ -40,7 +40,7 @@ export interface PodCIDR {
   network: number;
   prefix: number;
   size: number;
-  /** How many pods it has addresses for: all but network, gateway, broadcast. */
+  /** How many pods it has addresses for. */
   room: number;
 }
 
@@ -50,25 +50,27 @@ export interface PodCIDR {
  * @throws {CNIError} 7 if it is none, with the value and the reason.
  */
 export function parsePodCIDR(text: unknown): PodCIDR {
-  const refuse = (reason: string) =>
-    fail(
-      7,
-      `podcidr ${
-        JSON.stringify(text)?.slice(0, 80) ?? "is missing"
-      }: ${reason}`,
-      'a node has its own range, such as "podcidr": "10.240.1.0/24"',
-    );
-  const parts = typeof text === "string" && CIDR.exec(text);
-  if (!parts) return refuse("not an IPv4 range in CIDR notation");
-  const [a, b, c, d, prefix] = parts.slice(1).map(Number);
-  if (Math.max(a, b, c, d) > 255) refuse("an address has parts up to 255");
+  const value = JSON.stringify(text)?.slice(0, 80) ?? "is missing";
+  const mend = 'a node has its own range, such as "podcidr": "10.240.1.0/24"';
+  const refuse = (why: string) => fail(7, `podcidr ${value}: ${why}`, mend);
+  if (typeof text !== "string" || !CIDR.test(text)) {
+    return refuse("not an IPv4 range in CIDR notation");
+  }
+  const { parts, network, prefix, size } = parse(text);
+  if (Math.max(...parts) > 255) refuse("an address has parts up to 255");
   if (prefix < 8 || prefix > 30) refuse("the prefix must be from /8 to /30");
-  const network = ((a * 256 + b) * 256 + c) * 256 + d;
-  const size = 2 ** (32 - prefix);
   if (network % size) refuse(`bits are set behind the prefix /${prefix}`);
   // 0/8 is "this network", 127/8 loopback, 224/3 multicast and reserved.
-  if (a === 0 || a === 127 || a > 223) refuse("not a range for hosts");
-  return { text: parts[0], network, prefix, size, room: size - 3 };
+  const [first] = parts;
+  if ([0, 127].includes(first) || first > 223) refuse("not a range for hosts");
+  // All but the network's own address, the gateway's and the broadcast's.
+  return { text, network, prefix, size, room: size - 3 };
+}
+
+function parse(text: string) {
+  const [a, b, c, d, prefix] = text.split(/[./]/).map(Number);
+  const network = ((a * 256 + b) * 256 + c) * 256 + d;
+  return { parts: [a, b, c, d], network, prefix, size: 2 ** (32 - prefix) };
 }
 
 /** The address with the number n: 7 of 10.240.1.0/24 is "10.240.1.7". */
@@ -79,11 +81,9 @@ export function address({ network }: PodCIDR, n: number): string {
 
 /** Tells whether a range has addresses of the network of "10.0.2.14/24". */
 export function overlaps({ network, size }: PodCIDR, text: string): boolean {
-  const [a, b, c, d, prefix] = text.split(/[./]/).map(Number);
-  const otherSize = 2 ** (32 - prefix);
-  const other = ((a * 256 + b) * 256 + c) * 256 + d;
-  const first = other - other % otherSize;
-  return first < network + size && network < first + otherSize;
+  const other = parse(text);
+  const first = other.network - other.network % other.size;
+  return first < network + size && network < first + other.size;
 }
 
 /**
@@ -101,39 +101,28 @@ export function checkCounter(): boolean {
     if (error instanceof Deno.errors.NotFound) return false;
     fail(5, `Cannot look at ${COUNTER}`, `${error}`);
   }
-  return fail(
-    5,
-    `${COUNTER} is not a plain file of root's`,
-    `somebody else made it; look at it, then: rm -r ${COUNTER}`,
-  );
+  const mend = `somebody else made it; look at it, then: rm -r ${COUNTER}`;
+  return fail(5, `${COUNTER} is not a plain file of root's`, mend);
 }
 
 /**
  * Opens the counter, and waits until no other ADD on the node has it. It stays
  * locked, as in flock(2), until it is closed or the process ends.
  *
- * @param wait How long at most, in milliseconds.
- * @throws {CNIError} 5 if the file can't be used, 11 after `wait`.
+ * @throws {CNIError} 5 if the file can't be used, 11 if it is never the same.
  */
-export async function lockCounter(wait = 60_000): Promise<Deno.FsFile> {
-  const late = new CNIError(11, `${COUNTER} is locked by another process`);
+export async function lockCounter(): Promise<Deno.FsFile> {
   for (let tries = 0; tries < 10; tries++) {
     const createNew = !checkCounter();
     try {
       const options = { read: true, write: true, createNew, mode: 0o600 };
       const counter = Deno.openSync(COUNTER, options);
-      if (!counter.tryLockSync(true)) {
-        const tooLate = new Promise<never>((_, reject) => {
-          setTimeout(reject, wait, late);
-        });
-        await Promise.race([counter.lock(true), tooLate]);
-      }
+      if (!counter.tryLockSync(true)) await counter.lock(true);
       // Cleaned away in between? Then the others lock a new file.
       const { ino } = Deno.lstatSync(COUNTER);
       if (counter.statSync().ino === ino) return counter;
       counter.close();
     } catch (error) {
-      if (error instanceof CNIError) throw error;
       const { AlreadyExists, NotFound } = Deno.errors; // another ADD's doing
       if (error instanceof AlreadyExists || error instanceof NotFound) continue;
       fail(5, `Cannot open ${COUNTER}`, `${error}`);
@@ -151,15 +140,16 @@ export async function lockCounter(wait = 60_000): Promise<Deno.FsFile> {
  */
 export function nextNumber(
   counter: Deno.FsFile,
-  podCIDR: PodCIDR,
+  { text, size, room }: PodCIDR,
   used = new Set<number>(),
 ): number {
-  if (used.size >= podCIDR.room) {
-    const details = `all ${podCIDR.room} are in use, a pod must end first`;
-    fail(11, `No free address in ${podCIDR.text}`, details);
+  if (used.size >= room) {
+    const details = `all ${room} are in use, a pod must end first`;
+    fail(11, `No free address in ${text}`, details);
   }
-  const last = podCIDR.size - 2; // behind it is the broadcast address
+  const last = size - 2; // behind it is the broadcast address
   const content = new Uint8Array(32);
+  counter.seekSync(0, Deno.SeekMode.Start);
   const length = counter.readSync(content) ?? 0;
   let n = Number(new TextDecoder().decode(content.subarray(0, length)));
   // Empty, rubbish, from a larger range: begin again.

@@ -282,11 +282,19 @@ export const TABLE: Record<string, Record<string, Row>> = {
   },
   "2 STATUS: fails if ADD would": {
     "STATUS if there is room": NEW,
-    "STATUS if all addresses are in use": {
+    "STATUS if all addresses are in use, since pods end": {
       ...NEW,
       ...STAYS,
-      code: 50,
       conf: { podcidr: "10.240.0.0/30" },
+    },
+    "STATUS if the bridge has an address of another range": {
+      ...NEW,
+      after: [
+        "ip link add cni0 type bridge",
+        "ip addr add 10.240.0.9/16 dev cni0",
+      ],
+      ports: 0,
+      code: 50,
     },
   },
   "2 VERSION: needs nothing, and answers as asked": {

