@@ -30,13 +30,13 @@ const VALID = "cni.dev/valid-attachments";
 const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,118}$/;
 
 /** The verbs about a network: the version that brought it, what it needs. */
-const VERBS: Record<string, Verb> = {
-  ADD: ["0.3.0", "CONTAINERID NETNS IFNAME", add],
-  DEL: ["0.3.0", "CONTAINERID IFNAME", del],
-  CHECK: ["0.4.0", "CONTAINERID NETNS IFNAME", check],
-  GC: ["1.1.0", "", gc],
-  STATUS: ["1.1.0", "", status],
-};
+const VERBS = new Map<string, Verb>([
+  ["ADD", ["0.3.0", "CONTAINERID NETNS IFNAME", add]],
+  ["DEL", ["0.3.0", "CONTAINERID IFNAME", del]],
+  ["CHECK", ["0.4.0", "CONTAINERID NETNS IFNAME", check]],
+  ["GC", ["1.1.0", "", gc]],
+  ["STATUS", ["1.1.0", "", status]],
+]);
 
 /**
  * What CNI_CONTAINERID and the like may be. Beyond the spec: nothing that the
@@ -102,10 +102,12 @@ async function add(call: Call): Promise<Answer> {
   // A name for the namespace, so that `ip netns exec CONTAINERID` works. And in
   // the pod: up, address, default route, and its MAC is read. The route is
   // appended, so that the one of another network stays the first.
-  const naming = name && ln(netns, name);
+  ensureDirSync(NETNS_DIR);
+  const naming = name && ln("-sfT", netns, name);
   const inside = inPod(
     netns,
-    `link set dev ${ifname} up
+    `
+    link set dev ${ifname} up
     addr add ${address} dev ${ifname}
     route append default via ${gateway} dev ${ifname}
     link show dev ${ifname}`,
@@ -140,22 +142,20 @@ async function add(call: Call): Promise<Answer> {
 async function makeBridge(podCIDR: PodCIDR): Promise<string> {
   const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
   const bridge = await lookAtBridge(podCIDR);
-  const isReady = bridge?.flags.includes("UP") &&
-    addressesOf(bridge).includes(gateway);
-  if (isReady && bridge.ifalias === READY) return bridge.address;
+  const isUp = bridge?.hasGateway && bridge.flags.includes("UP");
+  if (isUp && bridge.ifalias === READY) return bridge.address;
   // A MAC of its own. Else it has that of one of its ports, and changes it when
   // that pod ends, while others' ARP knows the old one.
   const mac = bridge?.address ?? macOf(gateway);
   if (!bridge) await ip(`link add ${BRIDGE} address ${mac} type bridge`);
   // Deaf to the IPv6 router that a pod may play, before it is up.
   const ra = `net.ipv6.conf.${BRIDGE}.accept_ra=0`;
-  await run("sysctl", ["-eqw", ra]).catch(({ message }) =>
-    log("WARN", `${message}: ${BRIDGE} takes IPv6 routes from pods`)
-  );
-  await ip(
-    `link set ${BRIDGE} address ${mac} alias ${READY} up
-    addr replace ${gateway} dev ${BRIDGE}`,
-  );
+  const { stderr } = await run("sysctl", ["-eqw", ra])
+    .catch(({ message }) => ({ stderr: message }));
+  if (stderr) log("WARN", `${BRIDGE} takes IPv6 routes from pods: ${stderr}`);
+  await ip(`
+    link set ${BRIDGE} address ${mac} alias ${READY} up
+    addr replace ${gateway} dev ${BRIDGE}`);
   return mac;
 }
 
@@ -176,14 +176,13 @@ async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
     const hostMac = `address ${macOf(podIP, 0x59)}`;
     const peer = `${ifname} ${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
-      const [[hostEnd]] = await ip(
-        `link add veth${n} ${mtu} ${hostMac} type veth peer name ${peer}
+      const [[hostEnd]] = await ip(`
+        link add veth${n} ${mtu} ${hostMac} type veth peer name ${peer}
         link set veth${n} alias ${alias}
         link set veth${n} up
         link set veth${n} master ${BRIDGE}
         link set veth${n} type bridge_slave hairpin on
-        link show dev veth${n}`,
-      );
+        link show dev veth${n}`);
       // The kernel tells the peer's namespace only if it is another one.
       const isOwn = hostEnd.link_netnsid === undefined;
       if (isOwn) fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
@@ -204,8 +203,7 @@ async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
 
 /** Takes back what an ADD made, as DEL does, and passes its error on. */
 async function takeBack(call: Call, error: unknown): Promise<never> {
-  // What can't be taken back now carries the alias: a later DEL finds it.
-  await del(call).catch(() => {});
+  await del(call).catch(() => {}); // what stays has the alias: DEL finds it
   throw error;
 }
 
@@ -238,7 +236,7 @@ async function check(call: Call): Promise<Answer> {
   const index = interfaces.findIndex((it) => it.name === ifname && it.sandbox);
   const { address } = ips.find((ip) => ip.interface === index) ?? {};
   // A plugin after this one may replace the route, and then says so.
-  const hasRoute = routes.some((it) => it.dst === "0.0.0.0/0" && it.gw);
+  const isOurs = (it: Any) => it.dst === "0.0.0.0/0" && it.gw === gateway;
 
   const [links] = await ip("link show");
   const hostEnd = links.find((link) => link.ifalias === alias);
@@ -247,22 +245,21 @@ async function check(call: Call): Promise<Answer> {
     linkTarget(name)?.endsWith(netns.replace(/^\/var\/run/, "/run"));
   const [[podEnd], [route]] = await inPod(
     netns,
-    `addr show dev ${ifname}
+    `
+    addr show dev ${ifname}
     route show default via ${gateway} dev ${ifname}`,
-  ).catch((): Any[][] => [[], []]);
+  )
+    .catch((): Any[][] => [[], []]);
   const expected: [isThere: unknown, what: string][] = [
     [hostEnd?.flags.includes("UP"), `veth with alias ${alias} that is up`],
     [hostEnd?.master === BRIDGE, `veth of it on ${BRIDGE}`],
     [bridge?.flags.includes("UP"), `${BRIDGE} that is up`],
-    [
-      addressesOf(bridge).includes(`${gateway}/${podCIDR.prefix}`),
-      `${BRIDGE} with ${gateway}`,
-    ],
+    [bridge?.hasGateway, `${BRIDGE} with ${gateway}`],
     [isNamed, `name ${name} for ${netns}`],
     [podEnd?.flags.includes("UP"), `${ifname} in ${netns} that is up`],
     [addressesOf(podEnd).includes(address), `${ifname} with ${address}`],
     [podEnd?.address === interfaces[index]?.mac, `${ifname} with its MAC`],
-    [route || !hasRoute, `default route via ${gateway}`],
+    [route || !routes.some(isOurs), `default route via ${gateway}`],
   ];
   const missing = expected.flatMap(([isThere, what]) => isThere ? [] : what);
   if (!missing.length) return ["as ADD left it"];
@@ -281,28 +278,23 @@ async function gc({ conf }: Call): Promise<Answer> {
     ifalias.startsWith(`${conf.name}/`) && !valid.includes(ifalias)
   );
   const left = await removeLinks(stale, links);
-  for (const { ifalias } of stale) {
-    unname(join(NETNS_DIR, ifalias.split("/")[1]), left);
-  }
   // A namespace that went without a DEL took its veth along, not its name: a
   // link to nowhere, by the long hexadecimal number that is a runtime's ID.
+  const ended = stale.map(({ ifalias }) => ifalias.split("/")[1]);
   ensureDirSync(NETNS_DIR);
   for (const { name } of Deno.readDirSync(NETNS_DIR)) {
     const path = join(NETNS_DIR, name);
-    if (/^[\da-f]{32,}$/.test(name) && !existsSync(path)) unname(path, left);
+    const isLost = /^[\da-f]{32,}$/.test(name) && !existsSync(path);
+    if (isLost || ended.includes(name)) unname(path, left);
   }
   return [stale.map((link) => link.ifname).join(" ") || "nothing stale"];
 }
 
 /** STATUS: would an ADD succeed now? A full node is no fault: pods end. */
 async function status({ conf }: Call): Promise<Answer> {
-  const podCIDR = ipam.parsePodCIDR(conf.podcidr);
-  try {
-    ipam.checkCounter();
-    await lookAtBridge(podCIDR);
-  } catch ({ message, details }: Any) {
-    fail(50, `No pod can be added: ${message}`, details);
-  }
+  await lookAtBridge(ipam.parsePodCIDR(conf.podcidr))
+    .then(ipam.checkCounter)
+    .catch((it) => fail(50, `No pod can be added: ${it.message}`, it.details));
   return [""]; // runtimes ask every few seconds: not a line each in the log
 }
 
@@ -348,9 +340,7 @@ function readStdin(command: string): Any {
     }
     return parseConf(text);
   } catch (error) {
-    return Object.hasOwn(VERBS, command)
-      ? fail(6, "No conf on stdin", `${error}`)
-      : {};
+    return VERBS.has(command) ? fail(6, "No conf on stdin", `${error}`) : {};
   }
 }
 
@@ -368,10 +358,9 @@ async function answer(command: string, conf: Any): Promise<Answer> {
   if (command === "VERSION") {
     return [cniVersion, { cniVersion, supportedVersions: VERSIONS }];
   }
-  const verbs = `one of ${Object.keys(VERBS)}`;
-  const [since, needs, verb] = Object.hasOwn(VERBS, command)
-    ? VERBS[command]
-    : fail(4, `CNI_COMMAND ${JSON.stringify(command)} is unknown`, verbs);
+  const unknown = `CNI_COMMAND ${JSON.stringify(command)} is unknown`;
+  const [since, needs, verb] = VERBS.get(command) ??
+    fail(4, unknown, `one of ${[...VERBS.keys()]}`);
   const read = (name: string) => Deno.env.get(`CNI_${name}`) ?? "";
   const bad = Object.entries(VARIABLES)
     .filter(([name, valid]) => needs.includes(name) && !valid.test(read(name)))
@@ -396,8 +385,7 @@ export function checkConf(conf: Any): void {
     fail(7, `${key} ${JSON.stringify(value).slice(0, 80)} must be ${must}`);
   }
   if (VERSIONS.includes(conf.cniVersion)) return;
-  const version = JSON.stringify(conf.cniVersion) ?? "is missing, that";
-  fail(1, `cniVersion ${version} is unknown`, `one of ${VERSIONS}`);
+  fail(1, `cniVersion "${conf.cniVersion}" is unknown`, `one of ${VERSIONS}`);
 }
 
 /** Tells whether a value has the types of a sample; a list may be missing. */
@@ -412,13 +400,11 @@ function like(sample: Any): (value: Any) => boolean {
 }
 
 /**
- * Has one `ip` do some lines, and returns what those that show something
- * answered. With the option -force it goes on after a line that fails.
- *
- * @throws {CNIError} 100 with the line that failed.
+ * Has one `ip` do some lines, and returns what those that show answer. With
+ * -force it goes on after a bad one. @throws {CNIError} 100 with the bad line.
  */
 export async function ip(text: string, ...options: string[]): Promise<Any[][]> {
-  const lines = text.split("\n").map((line) => line.trim());
+  const lines = text.split("\n").map((line) => line.trim()).filter(Boolean);
   for (const line of lines) log("DEBUG", ["ip", ...options, line].join(" "));
   const args = [...options, "-json", "-batch", "-"];
   const { code, stdout, stderr } = await run("ip", args, lines.join("\n"));
@@ -460,21 +446,15 @@ export async function run(program: string, args: string[], input = "") {
     .catch(() => {}); // it has ended, and its status tells why
   const late = new CNIError(100, `${program} hangs`, `30 seconds for ${input}`);
   const { code, ...output } = await orLate(signal, late, child.output());
-  const [stdout, stderr] = [output.stdout, output.stderr].map((bytes) =>
-    new TextDecoder().decode(bytes).trim()
-  );
-  return { code, stdout, stderr };
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes).trim();
+  return { code, stdout: text(output.stdout), stderr: text(output.stderr) };
 }
 
 /**
  * Waits for some work until a signal. That is no timer, since for the first one
  * of a program Deno loads 22 scripts, ten milliseconds.
  */
-function orLate<T>(
-  end: AbortSignal,
-  late: Error,
-  work: Promise<T>,
-): Promise<T> {
+function orLate<T>(end: AbortSignal, late: Error, work: Promise<T>) {
   const { promise, reject } = Promise.withResolvers<T>();
   end.onabort = () => reject(late);
   return Promise.race([work, promise]);
@@ -491,10 +471,8 @@ async function removeLinks(links: Any[], all: Any[]): Promise<Any[]> {
 }
 
 /**
- * The bridge, if it is there.
- *
- * @throws {CNIError} 7 if it is no bridge, or if the node reaches addresses of
- * the range another way.
+ * The bridge, if it is there. @throws {CNIError} 7 if it is no bridge, or if
+ * the node reaches addresses of the range another way.
  */
 export async function lookAtBridge(podCIDR: PodCIDR): Promise<Any> {
   const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
@@ -505,8 +483,9 @@ export async function lookAtBridge(podCIDR: PodCIDR): Promise<Any> {
   if (bridge && !bridge.ifname) fail(7, `${BRIDGE} is not a bridge`, mend);
   for (const link of links) {
     const isBridge = link.ifname === BRIDGE;
-    if (isBridge) bridge.addr_info = link.addr_info;
-    const taken = addressesOf(link).find((address) =>
+    const addresses = addressesOf(link);
+    if (bridge && isBridge) bridge.hasGateway = addresses.includes(gateway);
+    const taken = addresses.find((address) =>
       !(isBridge && address === gateway) && ipam.overlaps(podCIDR, address)
     );
     if (!taken) continue;
@@ -526,9 +505,7 @@ export async function usedNumbers({ size }: PodCIDR) {
 }
 
 /** By a process: Deno.symlink asks for the right to write everywhere. */
-async function ln(target: string, name: string): Promise<void> {
-  ensureDirSync(NETNS_DIR);
-  const args = ["-sfT", target, name];
+async function ln(...args: string[]): Promise<void> {
   log("DEBUG", `ln ${args.join(" ")}`);
   const { code, stderr } = await run("ln", args);
   if (code) fail(100, `ln ${args.join(" ")}`, stderr);
@@ -551,8 +528,7 @@ function linkTarget(path: string): string | undefined {
 
 /** The addresses of a link, with their prefixes. */
 function addressesOf(link: Any): string[] {
-  const text = ({ local, prefixlen }: Any) => `${local}/${prefixlen}`;
-  return (link?.addr_info ?? []).map(text);
+  return link?.addr_info?.map((a: Any) => `${a.local}/${a.prefixlen}`) ?? [];
 }
 
 /** The MAC 0a:58 and the four bytes of the address; 0a:59 for its host end. */
