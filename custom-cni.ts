@@ -56,6 +56,7 @@ const KEYS: Record<string, [must: string, isSo: (it: Any) => boolean]> = {
   dns: ["an object", like({})],
   logLevel: [`one of ${LogLevelNames}`, (it) => LogLevelNames.includes(it)],
   prevResult: ["a result", like({ interfaces: [{}], ips: [{}], routes: [{}] })],
+  runtimeConfig: ["without ips and mac", (it) => !it.ips && !it.mac],
   [VALID]: ["attachments", like([{ containerID: "", ifname: "" }])],
 };
 
@@ -71,8 +72,7 @@ interface Call {
   netns: string;
   ifname: string;
   conf: Any;
-  /** The name that `ip netns` is to know the namespace by, if not CNI_NETNS. */
-  name: string;
+  name: string; // the path for `ip netns` to find it by; "" if that is netns
   /** NAME/CONTAINERID/IFNAME: marks the host veth as this attachment's. */
   alias: string;
 }
@@ -425,6 +425,7 @@ function inPod(netns: string, lines: string): Promise<Any[][]> {
 
 /** Runs a program to its end. @throws {CNIError} 100 if it can't, or hangs. */
 export async function run(program: string, args: string[], input = "") {
+  if (program !== "ip") log("DEBUG", `${program} ${args.join(" ")}`);
   const signal = AbortSignal.timeout(30_000);
   let child: Deno.ChildProcess;
   try {
@@ -506,7 +507,6 @@ export async function usedNumbers({ size }: PodCIDR) {
 
 /** By a process: Deno.symlink asks for the right to write everywhere. */
 async function ln(...args: string[]): Promise<void> {
-  log("DEBUG", `ln ${args.join(" ")}`);
   const { code, stderr } = await run("ln", args);
   if (code) fail(100, `ln ${args.join(" ")}`, stderr);
 }

@@ -127,6 +127,28 @@ const INPUTS: Input[] = [
     bad: { "is no object": ["x", 5, true, []] },
   },
   {
+    at: "mtu",
+    code: 7,
+    bad: {
+      "is no whole number": ["1400", 1400.5, true, {}, [1400]],
+      "is not what a link can have": [0, -1, 67, 65536, 1e99],
+    },
+  },
+  {
+    at: "logLevel",
+    code: 7,
+    bad: { "is no level": ["", "debug", "TRACE", 10, {}, ["DEBUG"]] },
+  },
+  {
+    at: "runtimeConfig",
+    code: 7,
+    bad: {
+      "asks for an address or a MAC of its own": [
+        ...[{ ips: ["10.240.0.9/24"] }, { mac: "02:00:00:00:00:01" }],
+      ],
+    },
+  },
+  {
     at: "prevResult",
     code: 7,
     bad: {

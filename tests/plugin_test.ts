@@ -411,6 +411,39 @@ Deno.test("the log has one line a call, and not for everybody", async () => {
   assertEquals((await Deno.stat(log)).mode! & 0o777, 0o640);
 });
 
+Deno.test("the log's steps can be pasted, and do what ADD did", async () => {
+  await using node = await Node.start("node1", conf({ logLevel: "DEBUG" }));
+  const log = async () =>
+    (await Deno.readTextFile(node.path("/var/log/cni.log"))).trimEnd()
+      .split("\n").map((line) => line.replace(/^\S+ /, ""));
+  const pod = await node.start("alpine1");
+  const added = await node.listing(pod);
+  const steps = await log();
+  assertMatch(steps.pop()!, /^ADD /);
+  assert(steps.every((line) => /^(ip|ln|sysctl) /.test(line)), `${steps}`);
+  assert(steps.some((line) => /^ip -n .* addr add .*\/24/.test(line)));
+  assertEquals((await node.cni("DEL", pod)).code, 0);
+  await node.sh("ip link del cni0");
+  // The counter is the plugin's own, and stands where it stood.
+  await node.sh(steps.map((line) => `${line} > /dev/null`).join("\n"));
+  assertEquals(withoutIndexes(await node.listing(pod)), withoutIndexes(added));
+  await ping(node, "10.240.0.1", pod);
+});
+
+/** A listing without the numbers that the kernel gives to links in turn. */
+const withoutIndexes = (listing: string) =>
+  listing.replaceAll(/^\d+: |@if\d+/gm, "");
+
+for (const [logLevel, lines] of [["INFO", 2], ["ERROR", 1]] as const) {
+  Deno.test(`the log of ${logLevel} has its lines and no others`, async () => {
+    await using node = await Node.start("node1", conf({ logLevel }));
+    const pod = await node.start("alpine1");
+    assertError(await node.cni("ADD", pod), 100, /exists/);
+    const log = await Deno.readTextFile(node.path("/var/log/cni.log"));
+    assertEquals(log.trimEnd().split("\n").length, lines, log);
+  });
+}
+
 Deno.test("run by hand it says what it is, and where to look", async () => {
   await using node = await Node.start("node1");
   const { code, stdout, stderr } = await node.run("/opt/cni/bin/custom-cni");
