@@ -104,24 +104,23 @@ async function add(call: Call): Promise<Answer> {
   // appended, so that the one of another network stays the first.
   ensureDirSync(NETNS_DIR);
   const naming = name && ln("-sfT", netns, name);
-  const inside = inPod(
-    netns,
-    `
+  const lines = `
     link set dev ${ifname} up
     addr add ${address} dev ${ifname}
     route append default via ${gateway} dev ${ifname}
-    link show dev ${ifname}`,
-  );
+    link show dev ${ifname}`;
+  const inside = inPod(netns, lines);
   await Promise.allSettled([naming, inside]); // none goes on while it is undone
   const [[[podEnd]]] = await Promise.all([inside, naming])
     .catch((error) => takeBack(call, error));
 
   // The result: the pod's interface is the first, as in the tutorial, but for
   // those that plugins before this one have answered.
-  const previous = { interfaces: [], ips: [], routes: [], ...conf.prevResult };
+  const { cniVersion, prevResult } = conf;
+  const none = { cniVersion, interfaces: [], ips: [], routes: [] };
+  const previous = { ...none, ...prevResult, cniVersion };
   const result = {
     ...previous,
-    cniVersion: conf.cniVersion,
     interfaces: [
       ...previous.interfaces,
       { name: ifname, mac: podEnd.address, sandbox: netns },
@@ -129,7 +128,7 @@ async function add(call: Call): Promise<Answer> {
       { name: BRIDGE, mac: bridgeMac },
     ],
     ips: [...previous.ips, {
-      ...conf.cniVersion < "1.0.0" ? { version: "4" } : {},
+      ...cniVersion < "1.0.0" ? { version: "4" } : {},
       ...{ address, gateway, interface: previous.interfaces.length },
     }],
     routes: [...previous.routes, { dst: "0.0.0.0/0", gw: gateway }],
@@ -168,16 +167,16 @@ async function makeBridge(podCIDR: PodCIDR): Promise<string> {
  */
 async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
   const { netns, ifname, conf, alias } = call;
-  const mtu = conf.mtu ? `mtu ${conf.mtu}` : "";
+  const mtu = conf.mtu ? ` mtu ${conf.mtu}` : "";
   // All links are a long list on a full node: read only if vethN exists.
   for (let used: Set<number> | undefined;; used = await usedNumbers(podCIDR)) {
     const n = ipam.nextNumber(counter, podCIDR, used);
     const podIP = ipam.address(podCIDR, n);
     const hostMac = `address ${macOf(podIP, 0x59)}`;
-    const peer = `${ifname} ${mtu} address ${macOf(podIP)} netns "${netns}"`;
+    const peer = `${ifname}${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
       const [[hostEnd]] = await ip(`
-        link add veth${n} ${mtu} ${hostMac} type veth peer name ${peer}
+        link add veth${n}${mtu} ${hostMac} type veth peer name ${peer}
         link set veth${n} alias ${alias}
         link set veth${n} up
         link set veth${n} master ${BRIDGE}
@@ -243,12 +242,10 @@ async function check(call: Call): Promise<Answer> {
   const bridge = await lookAtBridge(podCIDR);
   const isNamed = !name ||
     linkTarget(name)?.endsWith(netns.replace(/^\/var\/run/, "/run"));
-  const [[podEnd], [route]] = await inPod(
-    netns,
-    `
+  const lines = `
     addr show dev ${ifname}
-    route show default via ${gateway} dev ${ifname}`,
-  )
+    route show default via ${gateway} dev ${ifname}`;
+  const [[podEnd], [route]] = await inPod(netns, lines)
     .catch((): Any[][] => [[], []]);
   const expected: [isThere: unknown, what: string][] = [
     [hostEnd?.flags.includes("UP"), `veth with alias ${alias} that is up`],

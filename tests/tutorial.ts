@@ -50,14 +50,14 @@ async function on(node: Node, line: string): Promise<string> {
 }
 
 /** Runs node-setup.ts on a node, as an operator would. */
-async function setup(node: Node, flags: string): Promise<void> {
+async function setup(node: Node, flags: string, status = 0): Promise<void> {
   const line = `deno run -A node-setup.ts ${flags}`;
   const deno = `cd ${ROOT} && exec ${Deno.execPath()}`;
   const { code, stdout, stderr } = await node.run(
     ...["sh", "-c", line.replace("deno", deno)],
   );
   show(node.name, line, stdout + stderr);
-  expect(code === 0, `${line} on ${node.name}`);
+  expect(code === status, `${line} on ${node.name}`);
 }
 
 /** Notes what did not go as it was said. */
@@ -113,15 +113,25 @@ makes a network namespace, puts who it is for into CNI_* variables, writes the
 conf to the plugin's stdin, and reads the result.`);
   for (const { name, node: nodeName } of await readPods()) {
     const node = world.cluster.node(nodeName);
-    const pod = await node.start(name);
-    const address = pod.json.ips[0].address.split("/")[0];
     const isFirst = Object.keys(world.pods).length === 0;
+    const conf = JSON.parse(
+      await node.sh("cat /etc/cni/net.d/10-custom-cni.conf"),
+    );
+    if (isFirst) conf.logLevel = "DEBUG";
+    const pod = await node.start(name, { conf });
+    const address = pod.json.ips[0].address.split("/")[0];
     world.pods[name] = { ...pod, node, address };
     const call = `CNI_COMMAND=ADD CNI_CONTAINERID=${pod.containerID} \\
     CNI_NETNS=${pod.netns} \\
     CNI_IFNAME=eth0 /opt/cni/bin/custom-cni < /etc/cni/net.d/10-custom-cni.conf`;
-    if (isFirst) show(node.name, call, pod.stdout);
-    else say(`\n${node.name}: ADD gives ${name} ${pod.json.ips[0].address}`);
+    if (isFirst) {
+      show(node.name, call, pod.stdout);
+      say(`
+These are the steps that the plugin took. With "logLevel": "DEBUG" in the conf,
+as for this one pod, its log has each line that it gave to ip, ready to be
+pasted. Compare them with those of the script.`);
+      await on(node, "cut -d ' ' -f 2- /var/log/cni.log");
+    } else say(`\n${node.name}: ADD gives ${name} ${pod.json.ips[0].address}`);
     await node.serve(pod.netns, `${name} on ${node.name}`);
     const { code } = await run(
       node.enterPod(pod, "ping", "-c1", "-W1", pod.json.ips[0].gateway),
@@ -141,11 +151,11 @@ named the namespace after the container, so \`ip netns exec\` finds it.`);
   await on(node2, `${exec} ip route`);
   await on(node2, `${exec} ping -c1 10.240.0.1`);
   say(`
-The counter goes up by one for each pod; the log has a line for each call; and
-run by hand the plugin looks at its node. It finds two troubles, the next steps
-are about them.`);
-  await on(node2, "cat /tmp/last_allocated_ip /var/log/cni.log");
-  await on(node2, "/opt/cni/bin/custom-cni");
+The counter goes up by one for each pod; at the usual level the log has a line
+for each call; and node-setup.ts looks at the node, with a command for each
+trouble that it finds. The next steps are about them.`);
+  await on(node2, "cat /tmp/last_allocated_ip; tail -n 1 /var/log/cni.log");
+  await setup(node2, "--check --peer 10.0.2.14", 1);
 }
 
 /** Step 2: why a bridge alone is not enough. */
