@@ -1,11 +1,12 @@
 /**
  * How long a pod waits for its network, beside others who do the same work.
  *
- *     deno task bench [--rounds N] [--json FILE] [--svg FILE]
+ *     deno task bench [--rounds N] [--json FILE] [--svg FILE] [--beside FILE]
  *
  * All rows take turns within each round, so that they share the noise of the
  * machine, and each figure is also given as a ratio to the first row. The
  * measuring itself runs inside a node, where a call costs nothing but itself.
+ * With --beside another binary of this plugin is a row as well: an older one.
  *
  * @module
  */
@@ -70,6 +71,9 @@ const PEER: Plugin = {
   },
   path: "/usr/lib/cni",
 };
+
+/** The plugins that are measured; --beside adds one. */
+const PLUGINS = [OURS, SCRIPT, PEER];
 
 /** How long a command took, and when its answer came, in milliseconds. */
 interface Run {
@@ -185,7 +189,7 @@ async function oneByOne(rounds: number): Promise<Times> {
   for (let round = -1; round < rounds; round++) {
     const row = (name: string, verb: string, ms: number) =>
       round >= 0 && note(times, name, verb, ms);
-    for (const plugin of [OURS, SCRIPT, PEER]) {
+    for (const plugin of PLUGINS) {
       const pod = await sandbox();
       const { ms, stdout } = await call(plugin, "ADD", pod);
       row(plugin.name, "ADD", ms);
@@ -310,8 +314,8 @@ async function inParts(rounds: number): Promise<Record<string, number[]>> {
     const milestones: [part: string, at: number][] = [
       ["Deno starts", hello.answer],
       ["modules, stdin", version.answer],
-      ["two ip start and look", timeOf(host, /LINK.*veth/) - start],
-      ["veth pair, bridge", timeOf(inside, /LINK.*[<,]UP/) - start],
+      ["lock, ip looks, ip starts", timeOf(host, /LINK.*veth/) - start],
+      ["veth pair, next ip starts", timeOf(inside, /LINK.*[<,]UP/) - start],
       ["address, route", timeOf(inside, /ROUTE\]default via/) - start],
       ["result", answer],
       ["log, exit", ms],
@@ -332,7 +336,6 @@ async function atOnceAndCosts(rounds: number) {
     ...{ memory: {} as Record<string, number>, cpu: {} as Figures["cpu"] },
     processes: {} as Figures["processes"],
   };
-  const plugins = [OURS, SCRIPT, PEER];
   const pods: string[] = [];
   for (let i = 0; i < 10; i++) pods.push(await sandbox());
   const atOnce = async (name: string, run: (pod: string) => Promise<Run>) => {
@@ -342,21 +345,29 @@ async function atOnceAndCosts(rounds: number) {
     (figures.atOnce[name] ??= []).push(perSecond);
   };
   for (let round = 0; round < Math.ceil(rounds / 4); round++) {
-    for (const plugin of plugins) {
+    for (const plugin of PLUGINS) {
       await atOnce(plugin.name, (pod) => call(plugin, "ADD", pod));
       for (const pod of pods) await call(plugin, "DEL", pod);
     }
     await atOnce(EMPTY, () => time([bare("empty")]));
   }
   const [pod] = pods;
-  for (const plugin of plugins) {
+  for (const plugin of PLUGINS) {
     const gnu = ["/usr/bin/time", "-f", "%M %U %S", "-o", "/tmp/time"];
-    await call(plugin, "ADD", pod, undefined, gnu);
-    const [kB, user, system] = (await Deno.readTextFile("/tmp/time")).trim()
-      .split(" ").map(Number);
-    figures.memory[plugin.name] = kB / 1024;
-    figures.cpu[plugin.name] = 1000 * (user + system);
-    await call(plugin, "DEL", pod);
+    const costs: number[][] = [];
+    for (let round = 0; round < rounds; round++) {
+      await call(plugin, "ADD", pod, undefined, gnu);
+      const text = await Deno.readTextFile("/tmp/time");
+      costs.push(text.trim().split(" ").map(Number));
+      await call(plugin, "DEL", pod);
+    }
+    // The clock of the CPU is coarse: only a sum over many calls tells.
+    const used = costs.reduce(
+      (sum, [, user, system]) => sum + user + system,
+      0,
+    );
+    figures.cpu[plugin.name] = 1000 * used / rounds;
+    figures.memory[plugin.name] = median(costs.map(([kB]) => kB)) / 1024;
     figures.processes[plugin.name] = await countProcesses(plugin, pod);
   }
   for (const pod of pods) await time(["ip", "netns", "del", pod]);
@@ -369,7 +380,7 @@ async function countProcesses(
   pod: string,
 ): Promise<Record<string, number>> {
   await Deno.mkdir("/opt/count", { recursive: true });
-  for (const name of ["ip", "ln", "iptables", "host-local"]) {
+  for (const name of ["ip", "ln", "sysctl", "host-local"]) {
     const real = name === "host-local" ? "/usr/lib/cni/host-local" : name;
     const script =
       `#!/bin/sh\necho >> /opt/calls\nPATH=${PATH} exec ${real} "$@"`;
@@ -410,40 +421,20 @@ function table(title: string, rows: Times): void {
 }
 
 /** The goals, each a ratio within this run. */
-function goals({ times, atOnce, byPods, processes }: Figures): void {
+function goals({ times, byPods, processes }: Figures): void {
   const of = (row: string, verb: string) => median(times[row][verb]);
-  const rows: [goal: string, is: number, limit: number][] = [];
-  for (const row of [OURS.name, SCRIPT.name]) {
-    for (const verb of ["ADD", "DEL"]) {
-      const limit = of(EMPTY, verb) + 1.5 * of(FLOOR, verb);
-      const goal = `${verb} / (empty + 1.5 floor), ${row}`;
-      rows.push([goal, of(row, verb) / limit, 1]);
-    }
-  }
   const ours = byPods[OURS.name];
-  const peer = median(atOnce[PEER.name]);
-  rows.push(
-    ["VERSION / empty", of(OURS.name, "VERSION") / of(EMPTY, "VERSION"), 1.1],
-    ["0.6 peer / ours, 10 at once", 0.6 * peer / median(atOnce[OURS.name]), 1],
-    [
-      "ADD with 250 pods / with 1",
-      median(ours["250"]) / median(ours["1"]),
-      1.15,
-    ],
-    ["programs started by ADD", processes[OURS.name].ADD, 3],
+  const growth = median(ours["250"]) / median(ours["1"]);
+  const rows: [goal: string, is: number, limit: number][] = [
+    ["ADD / an empty program", of(OURS.name, "ADD") / of(EMPTY, "ADD"), 2.7],
+    ["ADD with 250 pods / with 1", growth, 1.15],
+    ["programs started by ADD", processes[OURS.name].ADD, 4],
     ["programs started by DEL", processes[OURS.name].DEL, 2],
-  );
+  ];
   console.log("\nGoals");
   for (const [goal, is, limit] of rows) {
     const mark = is <= limit ? "met   " : "MISSED";
     console.log(`  ${mark} ${goal.padEnd(48)} ${is.toFixed(2)} of ${limit}`);
-  }
-  const empty = median(atOnce[EMPTY]);
-  if (empty < 0.6 * peer) {
-    console.log(
-      `         (ten empty programs at once: ${empty.toFixed(1)} a second, ` +
-        `less than the ${(0.6 * peer).toFixed(1)} of the goal)`,
-    );
   }
 }
 
@@ -517,7 +508,10 @@ async function compileBare(): Promise<void> {
   for (const [name, source] of Object.entries(BARE)) {
     const file = await Deno.makeTempFile({ suffix: ".ts" });
     await Deno.writeTextFile(file, source);
-    const flags = ["compile", "--no-prompt", "--no-check", "--no-code-cache"];
+    const flags = [
+      ...["compile", "--no-prompt", "--no-check", "--no-code-cache"],
+      "--v8-flags=--single-threaded",
+    ];
     const built = await run(
       [Deno.execPath(), ...flags, "-o", bare(name), file],
     );
@@ -528,10 +522,14 @@ async function compileBare(): Promise<void> {
 
 if (import.meta.main) {
   const flags = parseArgs(Deno.args, {
-    string: ["rounds", "json", "svg"],
+    string: ["rounds", "json", "svg", "beside"],
     boolean: ["inside"],
     default: { rounds: "20" },
   });
+  const { beside } = flags;
+  if (beside) {
+    PLUGINS.push({ ...OURS, name: "the one beside", command: [beside] });
+  }
   if (flags.inside) {
     console.log(JSON.stringify(await measure(Number(flags.rounds))));
     Deno.exit(0);
@@ -541,6 +539,7 @@ if (import.meta.main) {
   const words = [Deno.execPath(), "run", "-A", import.meta.filename!];
   const [program, ...args] = node.enter(
     ...[...words, "--inside", "--rounds", flags.rounds],
+    ...beside ? ["--beside", await Deno.realPath(beside)] : [],
   );
   const child = new Deno.Command(program, { args, stderr: "inherit" });
   const { stdout } = await child.output();
