@@ -86,18 +86,13 @@ async function add(call: Call): Promise<Answer> {
   if (name && existsSync(name) && !linkTarget(name)) {
     fail(4, "CNI_CONTAINERID is the name of another namespace", name);
   }
-
-  // One ADD at a time on the node, until this one ends: no two take the same
-  // number, and none meets a bridge that is half made.
-  const minute = AbortSignal.timeout(60_000);
-  const late = new CNIError(11, `${ipam.COUNTER} is locked by another process`);
-  using counter = await orLate(minute, late, ipam.lockCounter());
+  ipam.checkCounter();
 
   // The bridge, up and with the gateway's address.
   const bridgeMac = await makeBridge(podCIDR);
 
   // The number n, and the veth pair, with its host end vethN on the bridge.
-  const { hostEnd, address } = await makeVeth(call, podCIDR, counter);
+  const { hostEnd, address } = await makeVeth(call, podCIDR);
 
   // A name for the namespace, so that `ip netns exec CONTAINERID` works. And in
   // the pod: up, address, default route, and its MAC is read. The route is
@@ -146,7 +141,9 @@ async function makeBridge(podCIDR: PodCIDR): Promise<string> {
   // A MAC of its own. Else it has that of one of its ports, and changes it when
   // that pod ends, while others' ARP knows the old one.
   const mac = bridge?.address ?? macOf(gateway);
-  if (!bridge) await ip(`link add ${BRIDGE} address ${mac} type bridge`);
+  const line = `link add ${BRIDGE} address ${mac} type bridge`;
+  // By -force the node's first two pods may meet here: it has to be there then.
+  if (!bridge) await ip(`${line}\nlink show dev ${BRIDGE}`, "-force");
   // Deaf to the IPv6 router that a pod may play, before it is up.
   const ra = `net.ipv6.conf.${BRIDGE}.accept_ra=0`;
   const { stderr } = await run("sysctl", ["-eqw", ra])
@@ -165,12 +162,13 @@ async function makeBridge(podCIDR: PodCIDR): Promise<string> {
  * an ARP cache reaches the new pod too. Hairpin lets a pod reach itself through
  * its own Service.
  */
-async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
+async function makeVeth(call: Call, podCIDR: PodCIDR) {
   const { netns, ifname, conf, alias } = call;
   const mtu = conf.mtu ? ` mtu ${conf.mtu}` : "";
-  // All links are a long list on a full node: read only if vethN exists.
-  for (let used: Set<number> | undefined;; used = await usedNumbers(podCIDR)) {
-    const n = ipam.nextNumber(counter, podCIDR, used);
+  const late = new CNIError(11, `${ipam.COUNTER} is locked by another process`);
+  for (let used: Set<number> | undefined;;) {
+    const minute = AbortSignal.timeout(60_000);
+    const n = await orLate(minute, late, ipam.nextNumber(podCIDR, used));
     const podIP = ipam.address(podCIDR, n);
     const hostMac = `address ${macOf(podIP, 0x59)}`;
     const peer = `${ifname}${mtu} address ${macOf(podIP)} netns "${netns}"`;
@@ -195,7 +193,9 @@ async function makeVeth(call: Call, podCIDR: PodCIDR, counter: Deno.FsFile) {
           return fail(4, `CNI_NETNS ${netns} is no network namespace`, details);
         });
       if (podEnd) fail(100, `${ifname} exists already in ${netns}`, "DEL it");
-      if (used || !error.details.includes("File exists")) throw error;
+      // Or is it vethN? Only now, since on a full node the list is long.
+      used = await usedNumbers(podCIDR);
+      if (!used.has(n)) throw error;
     }
   }
 }

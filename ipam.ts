@@ -108,10 +108,8 @@ export function checkCounter(): boolean {
 /**
  * Opens the counter, and waits until no other ADD on the node has it. It stays
  * locked, as in flock(2), until it is closed or the process ends.
- *
- * @throws {CNIError} 5 if the file can't be used, 11 if it is never the same.
  */
-export async function lockCounter(): Promise<Deno.FsFile> {
+async function lockCounter(): Promise<Deno.FsFile> {
   for (let tries = 0; tries < 10; tries++) {
     const createNew = !checkCounter();
     try {
@@ -133,23 +131,23 @@ export async function lockCounter(): Promise<Deno.FsFile> {
 
 /**
  * Takes the next number: one more than the last, past those in use, and from
- * the end back to the first. So an address comes back as late as it can.
+ * the end back to the first. So an address comes back as late as it can. One
+ * ADD at a time takes one, so no two get the same.
  *
  * @param used The numbers of this range that are known to be in use.
- * @throws {CNIError} 11 if that is all of them, 5 if it can't be written.
+ * @throws {CNIError} 11 if that is all of them, 5 if the counter can't be used.
  */
-export function nextNumber(
-  counter: Deno.FsFile,
+export async function nextNumber(
   { text, size, room }: PodCIDR,
   used = new Set<number>(),
-): number {
+): Promise<number> {
   if (used.size >= room) {
     const details = `all ${room} are in use, a pod must end first`;
     fail(11, `No free address in ${text}`, details);
   }
   const last = size - 2; // behind it is the broadcast address
+  using counter = await lockCounter();
   const content = new Uint8Array(32);
-  counter.seekSync(0, Deno.SeekMode.Start);
   const length = counter.readSync(content) ?? 0;
   let n = Number(new TextDecoder().decode(content.subarray(0, length)));
   // Empty, rubbish, from a larger range: begin again.
