@@ -51,7 +51,7 @@ export interface Row extends Want {
   /** What is added to the configuration, or all of stdin. */
   conf?: string | object | ((seen: Pick<Seen, "pod" | "added">) => object);
   /** What is otherwise with the peer, and why that may be. */
-  peer?: Want & { why: string };
+  peer?: Want & { after?: string[]; why: string };
 }
 
 /** What section 5 asks of the answer to ADD, compared with the kernel. */
@@ -105,6 +105,12 @@ const ADDED = { pod: ["eth0"], shows: RESULT };
 const STAYS = { after: ["ADD"], pod: ["eth0"] };
 const NO_PREVIOUS = { conf: { prevResult: undefined } };
 const NO_ROUTE = ["ADD", "ip -n $NS route del default"];
+const GONE = ["ADD", "ip netns del $NS"];
+/** For at most half a minute until the kernel has ended the namespace. */
+const ENDED = `for i in $(seq 300); do
+  [ "$(ip link show master cni0)" ] || break
+  sleep 0.1
+done`;
 const NEW = { versions: ["1.1.0"] };
 const DNS = { nameservers: ["10.96.0.10"], search: ["cluster.local"] };
 /** What a plugin before ours in a chain answered. */
@@ -247,7 +253,13 @@ export const TABLE: Record<string, Record<string, Row>> = {
       env: { CNI_NETNS: "" },
       peer: LEAVES,
     },
-    "DEL if the namespace is gone": { after: ["ADD", "ip netns del $NS"] },
+    "DEL if the namespace is gone": {
+      after: GONE,
+      peer: {
+        after: [...GONE, ENDED],
+        why: "leaves the veth to the kernel, which takes its time",
+      },
+    },
   },
   "2 CHECK: compares with prevResult": {
     "CHECK if all is well": { versions: VERSIONS.slice(2), ...STAYS },

@@ -80,7 +80,8 @@ async function play(plugin: Plugin, verb: string, row: Row, version?: string) {
 
     const listing = await node.sh(`
       for what in "link" "-n ${ns} addr" "-n ${ns} route"; do
-        ip -json $what 2>/dev/null || echo []
+        # Without a route some ip begin a list, and fail.
+        list=$(ip -json $what 2>/dev/null) && echo "$list" || echo []
       done`);
     const [host, all, routes] = listing.split("\n").map((it) => JSON.parse(it));
     const links = all.filter((link: any) => link.ifname !== "lo");
