@@ -1,6 +1,6 @@
 /**
- * Fetches the container runtimes that the end-to-end tests run, and unpacks
- * them into vendor/deb/. The machine stays as it is: apt gets lists of its own,
+ * Fetches the container runtimes that the end-to-end tests run, and the `ip` of
+ * other releases of Debian, and unpacks them into vendor/deb/. The machine stays as it is: apt gets lists of its own,
  * and nothing is installed. A second run finds the work done.
  *
  *     deno run -A tests/e2e/packages.ts
@@ -12,11 +12,18 @@ import { ensureDir } from "@std/fs/ensure-dir";
 import { exists } from "@std/fs/exists";
 import { ROOT } from "../lab.ts";
 
-/** Where they lie, each release of Debian in a folder of its name. */
+/** Where they lie, in a folder each. */
 export const DEBS = `${ROOT}vendor/deb`;
 const LIBCNI = "golang-github-appc-cni"; // the source of libcni
 
-/** What is taken from each release of Debian, into a folder of its name. */
+/** The releases whose `ip` is tried, beside that of the machine. */
+export const IP_RELEASES = ["bullseye", "trixie", "forky"];
+
+/** What `ip` of Debian 13 and later loads. */
+const IP = `iproute2 libbpf1 libc6 libcap2 libelf1t64 libmnl0 libpcre2-8-0
+    libselinux1 libzstd1 zlib1g`;
+
+/** What is taken from a release of Debian, by the folder: [ip-]RELEASE. */
 const PACKAGES: Record<string, string> = {
   // Debian 12: the last podman that speaks CNI, and a containerd of its time.
   bookworm: `containerd runc podman conmon crun busybox-static libgpgme11
@@ -26,7 +33,15 @@ const PACKAGES: Record<string, string> = {
   forky: "containerd golang-k8s-cri-api-dev",
   // Debian 13: a Go that builds libcni; it goes when that is done.
   trixie: "golang-1.24-go golang-1.24-src",
+  // An `ip` with all its libraries, since those of the machine don't fit.
+  "ip-bullseye": `iproute2 libbpf0 libbsd0 libc6 libcap2 libelf1 libmd0 libmnl0
+    zlib1g`,
+  "ip-trixie": IP,
+  "ip-forky": IP,
 };
+
+/** The release that a folder's packages come from. */
+const releaseOf = (folder: string) => folder.replace(/^ip-/, "");
 
 /** Runs a shell line with some variables, shows it, throws unless it works. */
 async function sh(line: string, env: Record<string, string> = {}) {
@@ -53,7 +68,8 @@ async function prepareApt(): Promise<string> {
   const folder = `${DEBS}/apt`;
   await ensureDir(`${folder}/lists/partial`);
   const keys = "signed-by=/usr/share/keyrings/debian-archive-keyring.gpg";
-  const lines = Object.keys(PACKAGES).map((release) =>
+  const releases = new Set(Object.keys(PACKAGES).map(releaseOf));
+  const lines = [...releases].map((release) =>
     `deb [${keys}] ${mirror} ${release} main\n`
   );
   lines.push(`deb-src [${keys}] ${mirror} forky main\n`);
@@ -72,16 +88,35 @@ Acquire::Retries "3";
   return `${folder}/apt.conf`;
 }
 
-/** Downloads packages, and unpacks them into a folder named by the release. */
-async function unpack(release: string, env: Record<string, string>) {
-  const folder = `${DEBS}/${release}`;
+/** Downloads the packages of a folder, and unpacks them into it. */
+async function unpack(name: string, env: Record<string, string>) {
+  const folder = `${DEBS}/${name}`;
   const draft = `${folder}.draft`;
   await emptyDir(draft);
-  const names = PACKAGES[release].trim().split(/\s+/);
-  const packages = names.map((name) => `${name}/${release}`).join(" ");
+  const packages = PACKAGES[name].trim().split(/\s+/)
+    .map((each) => `${each}/${releaseOf(name)}`).join(" ");
   await sh(`cd ${draft} && apt-get -q download ${packages}`, env);
   await sh(`cd ${draft} && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`);
   await Deno.rename(draft, folder);
+}
+
+/** The folder for a PATH in which `ip` is that of a release. */
+export const ipFolder = (release: string) => `${DEBS}/ip-${release}/path`;
+
+/**
+ * Writes that `ip`: a script that starts the real one by the loader of its own
+ * release, with the libraries of it. A path is as it is now, so each run writes
+ * it again.
+ */
+async function writeIp(release: string): Promise<void> {
+  const script = `${ipFolder(release)}/ip`;
+  await sh(`cd ${DEBS}/ip-${release} && mkdir -p path
+    loader=$(find "$PWD" -path '*-linux-gnu*/ld-linux-*')
+    ip=$(find "$PWD" -path '*bin/ip' -type f)
+    libraries=$(find "$PWD" -type d -name '*-linux-gnu*' | paste -sd :)
+    printf '#!/bin/sh\nexec %s --library-path %s %s "$@"\n' \
+      "$loader" "$libraries" "$ip" > ${script}
+    chmod +x ${script} && ${script} -V`);
 }
 
 /** Builds cnitool, libcni's own command, and our gc.go upon libcni. */
@@ -141,17 +176,18 @@ if (import.meta.main) {
   await ensureDir(DEBS);
   using lock = await Deno.open(DEBS);
   await lock.lock(true);
-  const wanted = await missing("libcni")
-    ? Object.keys(PACKAGES)
-    : ["bookworm", "forky"];
-  const releases: string[] = [];
-  for (const name of wanted) if (await missing(name)) releases.push(name);
+  const folders: string[] = [];
+  for (const name of Object.keys(PACKAGES)) {
+    const isNeeded = name !== "trixie" || await missing("libcni");
+    if (isNeeded && await missing(name)) folders.push(name);
+  }
   let env: Record<string, string> = {};
-  if (releases.length || await missing("libcni")) {
+  if (folders.length || await missing("libcni")) {
     env = { APT_CONFIG: await prepareApt() };
     await sh("apt-get -q update", env);
   }
-  for (const release of releases) await unpack(release, env);
+  for (const name of folders) await unpack(name, env);
+  for (const release of IP_RELEASES) await writeIp(release);
   if (await missing("libcni")) await buildLibcni(env);
   if (await missing("box.tar")) await buildImage();
   if (await exists(`${DEBS}/apt`)) {

@@ -1,0 +1,27 @@
+/**
+ * The plugin with the `ip` of other releases of Debian: its own tests, each run
+ * with that one first on the PATH, of the plugin and of the lab alike.
+ *
+ *     deno test -A tests/e2e/ip.ts
+ *
+ * @module
+ */
+import { assertEquals } from "@std/assert";
+import { ROOT, run } from "../lab.ts";
+import { IP_RELEASES, ipFolder } from "./packages.ts";
+
+const TESTS = ["plugin", "museum", "conformance"]
+  .map((name) => `${ROOT}tests/${name}_test.ts`);
+
+for (const release of IP_RELEASES) {
+  const PATH = `${ipFolder(release)}:${Deno.env.get("PATH")}`;
+  const { code, stdout } = await run(["ip", "-V"], { env: { PATH } });
+  if (code) throw new Error("First: deno task e2e");
+  Deno.test(`the plugin's tests pass with ${stdout.trim()} (${release})`, async () => {
+    const command = [Deno.execPath(), "test", "-A", "--no-check", ...TESTS];
+    const env = { PATH, NO_COLOR: "1" };
+    const { code, stdout } = await run(command, { env });
+    const failures = stdout.slice(stdout.indexOf("\n ERRORS"));
+    assertEquals(code, 0, failures);
+  });
+}
