@@ -282,7 +282,7 @@ Deno.test("a working directory that is gone looks like a missing ip", async () =
   await using node = await Node.start("node1");
   // As with a volume that was mounted over the one of a runtime.
   const script = `#!/bin/sh
-    mkdir -p /tmp/folder && cd /tmp/folder && mount -t tmpfs tmpfs /tmp/folder
+    mkdir -p /tmp/a/b && cd /tmp/a/b && mount -t tmpfs tmpfs /tmp/a
     exec /opt/cni/bin/custom-cni`;
   await Deno.writeTextFile(node.path("/opt/covered"), script, { mode: 0o755 });
   const pod = await node.start("alpine1", { plugin: "/opt/covered" });
