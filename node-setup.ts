@@ -3,134 +3,104 @@
  * pods reach each other, the pods of other nodes, and the internet.
  *
  * The plugin wires up one pod at a time. None of this depends on a pod, so an
- * operator runs it by hand: it prints each command, and runs it unless what the
- * command makes is there already.
- *
- * ```sh
- * deno run -A node-setup.ts --peer 10.0.2.14
- * ```
+ * operator runs it by hand: it prints each command, and runs it unless what it
+ * makes is there already. With --check it only looks at the node.
  *
  * @module
  */
 import { parseArgs } from "@std/cli/parse-args";
 import { existsSync } from "@std/fs/exists";
 import { isIPv4 } from "node:net";
-import {
-  CNIError,
-  fail,
-  overlaps,
-  parsePodCIDR,
-  type PodCIDR,
-} from "./ipam.ts";
+import * as plugin from "./custom-cni.ts";
+import * as ipam from "./ipam.ts";
+import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
 const HELP = `Usage: deno run -A node-setup.ts --peer IP[=CIDR] [options]
        kubectl get nodes -o json | deno run -A node-setup.ts --nodes -
 
 Accepts the pods' packets in FORWARD, routes to the pods of the other nodes, and
-masquerades what leaves the cluster. To be run as root, on each node. A run adds
-what is missing; it takes nothing away but with --delete.
+masquerades what leaves the cluster. As root, on each node. Twice is once.
 
   --peer IP[=CIDR]  another node and the range of its pods; once for each. Of
                     10.240.0.0/24 and 10.240.1.0/24 each knows the other
-  --nodes FILE      all nodes, as kubectl prints them; - is stdin. This one is
-                    found by its name or address
+  --nodes FILE      all nodes, as kubectl prints them; - is stdin
+  --check           only say what is wrong here, and the command that mends it
   --podcidr CIDR    the range of this node's pods, else that of the conf
-  --conf FILE       the conf, else /etc/cni/net.d/10-custom-cni.conf
+  --conf FILE       the conf, else the first one in /etc/cni/net.d
   --bridge NAME     the bridge of the pods, else cni0
   --dev NAME        the device to the peers, else that of "ip route get"
-  --keep-source     pods of the peers see a pod's own address, not the node's
-                    as in the tutorial; from then on until --delete
+  --keep-source     peers' pods see a pod's own address, until --delete
   --only STEP       forward, routes or masquerade alone; may be repeated
-  --delete          take back what a run with the same flags makes, and what
-                    --keep-source made. net.ipv4.ip_forward stays on, since
-                    others on the node may rely on it
+  --delete          take back what a run with the same flags makes, but sysctl's
   --dry-run         print all commands and run none; needs no root
   --help            print this
 
-Exit status: 0 done, 1 failed with nothing added, 2 wrong usage`;
+Exit status: 0 well, 1 failed with nothing added or not well, 2 wrong usage`;
 
-/** The ranges of the tutorial's two nodes. */
-const PAIR = ["10.240.0.0/24", "10.240.1.0/24"];
+const CONF_DIR = "/etc/cni/net.d";
+const MODPROBE = "modprobe br_netfilter";
+const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
 
-/** What lists the rules of the node, and makes of a line its command. */
-const LISTINGS: [command: string, prefix: string][] = [
-  ["ip -oneline route show", "ip route add "],
-  ["sysctl net.ipv4.ip_forward", "sysctl -w "],
-  ["iptables -S FORWARD", "iptables "],
-  ["iptables -t nat -S POSTROUTING", "iptables -t nat "],
-];
-
-/** The words that make a command take back what it did. */
-const OPPOSITE: Record<string, string> = {
-  "-A": "-D",
-  "-I": "-D",
-  "add": "del",
-  "net.ipv4.ip_forward=1": "net.ipv4.ip_forward=0",
+/** What lists the state of the node, and makes of a line its command. */
+const LISTINGS = {
+  "ip -oneline route show": "ip route add ",
+  "sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables":
+    "sysctl -w ",
+  "iptables -S FORWARD": "iptables ",
+  "iptables -t nat -S POSTROUTING": "iptables -t nat ",
 };
 
-const STEPS = ["forward", "routes", "masquerade"];
+/** What is the matter where a command of a step has not been run. */
+const STEPS: Record<string, string> = {
+  ip_forward: "The node forwards no packets: pods reach no other network",
+  bridged: "Bridged packets bypass iptables: a Service is dead on its own node",
+  forward: "FORWARD lacks a rule for the pods",
+  routes: "A peer's pods have no route",
+  masquerade: "Out there nobody can answer a pod's address",
+};
+const CHOICE = ["forward", "routes", "masquerade"];
 
-/** Another node, whose pods are reached through its address. */
-export interface Peer {
-  ip: string;
-  podCIDR: PodCIDR;
-  dev?: string;
-}
-
-/** A node as kubectl prints it, as far as it matters here. */
-export interface KubeNode {
-  metadata?: { name?: string };
-  spec?: { podCIDR?: string };
-  status?: { addresses?: { type: string; address: string }[] };
-}
-
+// deno-lint-ignore no-explicit-any -- JSON of kubectl, of confs, of `ip`
+type Any = any;
 type Flags = ReturnType<typeof readFlags>;
 
+/** What is wrong, and the command that mends it. */
+type Trouble = [what: string, mend: string];
+/** Another node, whose pods are reached through its address. */
+type Peer = { ip: string; podCIDR: PodCIDR; dev?: string };
+type Setup = { own: PodCIDR; peers: Peer[]; flags: Flags };
+
 /** The commands of the tutorial in its order, for --delete in reverse. */
-function plan(
-  own: string,
-  peers: Peer[],
-  flags: Flags,
-  there: Set<string>,
-) {
-  const commands = (...lines: string[]) =>
-    lines.map((line) => ({ line, isThere: there.has(line) }));
-
-  // Without it the kernel drops what is not for the node itself. In the
-  // tutorial Docker has turned it on.
-  const ip_forward = commands("sysctl -w net.ipv4.ip_forward=1");
-
-  // Same host: br_netfilter leads even what cni0 only bridges through FORWARD,
-  // and Docker lets that drop everything.
-  const forward = commands(
-    `iptables -A FORWARD -s ${own} -j ACCEPT`,
-    `iptables -A FORWARD -d ${own} -j ACCEPT`,
-  );
-
-  // Other hosts: the network between them knows of no pods, so the nodes must.
-  const routes = commands(...peers.map(routeTo));
-
-  // Internet: answers find the way to the node, not to the pod. What stays on
-  // the bridge needs no other source.
-  const nat = `POSTROUTING -s ${own}`;
-  const masquerade = commands(
-    `iptables -t nat -A ${nat} ! -o ${flags.bridge} -j MASQUERADE`,
-  );
-
+function plan({ own, peers, flags }: Setup, there: Set<string>) {
+  const nat = `POSTROUTING -s ${own.text}`;
   // What is to keep its source leaves the chain at its head, whatever comes
   // behind. One command for all: iptables rewrites the whole table each time.
   const ranges = peers.map(({ podCIDR }) => podCIDR.text).filter((range) => {
     const rule = `iptables -t nat -A ${nat} -d ${range} -j RETURN`;
     return flags["dry-run"] || there.has(rule) === flags.delete;
   });
-  if (ranges.length && (flags["keep-source"] || flags.delete)) {
-    const line = `iptables -t nat -I ${nat} -d ${ranges} -j RETURN`;
-    masquerade.unshift({ line, isThere: flags.delete });
-  }
-
-  const steps = { ip_forward, forward, routes, masquerade };
-  const all = Object.entries(steps).flatMap(([step, commands]) =>
-    flags.only.includes(step) ? commands : []
+  const keep = `iptables -t nat -I ${nat} -d ${ranges} -j RETURN`;
+  const isKept = ranges.length && (flags["keep-source"] || flags.delete);
+  const steps: Record<string, string[]> = {
+    ip_forward: ["sysctl -w net.ipv4.ip_forward=1"],
+    // Same host: what cni0 only bridges is to be led through iptables as well,
+    // and in FORWARD Docker lets everything be dropped.
+    bridged: [MODPROBE, "sysctl -w net.bridge.bridge-nf-call-iptables=1"],
+    forward: ["-s", "-d"].map((way) =>
+      `iptables -A FORWARD ${way} ${own.text} -j ACCEPT`
+    ),
+    // Other hosts: the network between them knows of no pods, the nodes must.
+    routes: peers.map(routeTo),
+    // Internet: answers find the way to the node, not to the pod. What stays
+    // on the bridge needs no other source.
+    masquerade: [
+      ...isKept ? [keep] : [],
+      `iptables -t nat -A ${nat} ! -o ${flags.bridge} -j MASQUERADE`,
+    ],
+  };
+  if (flags.delete) there.add(keep);
+  const all = flags.only.flatMap((step) =>
+    steps[step].map((line) => ({ step, line, isThere: there.has(line) }))
   );
   return flags.delete ? all.reverse() : all;
 }
@@ -142,7 +112,8 @@ function routeTo({ ip, podCIDR, dev }: Peer): string {
 
 /** The command that takes back what a command did. */
 function opposite(command: string): string {
-  return command.split(" ").map((word) => OPPOSITE[word] ?? word).join(" ");
+  return command.replace(/ -[AI] /, " -D ").replace(" add ", " del ")
+    .replace(/=1$/, "=0");
 }
 
 /** Learns all there is to know, checks it, and only then changes the node. */
@@ -152,48 +123,47 @@ async function main(args: string[]): Promise<void> {
   if (!flags["dry-run"] && Deno.uid() !== 0) {
     fail(1, "Only root may change rules and routes", "use sudo, or --dry-run");
   }
-  const addresses = Deno.networkInterfaces()
-    .filter(({ family }) => family === "IPv4");
-  const names = [Deno.hostname(), ...addresses.map(({ address }) => address)];
-  const nodes = flags.nodes
-    ? readNodes(await readJSON(flags.nodes, "kubectl prints it"), names)
-    : undefined;
-  for (const name of nodes?.skipped ?? []) {
-    console.error(`Skipped node "${name}": no podCIDR or no IPv4 InternalIP`);
-  }
-  const own = await ownPodCIDR(flags, nodes?.own.podCIDR);
-  const given = flags.peer.map((text) => parsePeer(text, own));
-  const peers = [...nodes?.peers ?? [], ...given];
-
-  const routes = await list(...LISTINGS[0]);
-  if (flags.delete) {
-    for (const peer of peers) {
-      const route = routes.find((it) => it.startsWith(`${routeTo(peer)} dev `));
-      peer.dev = flags.dev ?? route?.split(" ")[7];
-    }
-  } else if (peers.length) {
-    await checkPeers(own, peers, addresses, routes, flags.dev);
-  }
-  const there = flags["dry-run"] ? new Set<string>() : await look();
-  const { errors, changed, rest } = await apply(own.text, peers, flags, there);
+  if (flags.check) return await check(flags);
+  const setup = await learn(flags);
+  const there = await look(flags);
+  const { errors, changed, rest } = await apply(setup, there);
   if (flags["dry-run"]) return;
   if (errors.length && !flags.delete) {
     console.log("# Failed; what was added is taken back");
-    const added = (await look()).difference(there);
-    const back = await apply(
-      own.text,
-      peers,
-      { ...flags, delete: true },
-      added,
-    );
-    errors.push(...back.errors);
+    const added = (await look(flags)).difference(there);
+    const back = { ...setup, flags: { ...flags, delete: true } };
+    errors.push(...(await apply(back, added)).errors);
   }
   if (errors.length) fail(1, errors.join("\n"));
   if (flags.delete) {
     return console.log(`# ${changed} taken back, ${rest} not there`);
   }
   console.log(`# ${changed} new, ${rest} there already`);
-  warnOfDrop(await list("iptables -S"), own, flags.bridge);
+  for (const [what, mend] of await drops(setup)) {
+    console.error(`Warning: ${what}\n  ${mend}`);
+  }
+}
+
+/** Changes nothing, and says what is wrong on this node and what mends it. */
+async function check(flags: Flags): Promise<void> {
+  const tell = (ok: string, troubles: Trouble[] = []) => {
+    if (!troubles.length) return console.log(`ok   ${ok}`);
+    for (const it of troubles) console.log(`BAD  ${it.join("\n     ")}`);
+    Deno.exitCode = 1;
+  };
+  const orTell = (it: CNIError) => tell("", [[it.message, it.details]]);
+  await findConf(flags.conf)
+    .then((conf) => plugin.lookAtBridge(ipam.parsePodCIDR(conf.podcidr)))
+    .then(() => tell("The conf and cni0 are well"), orTell);
+  const setup = await learn(flags).catch(orTell);
+  if (!setup) return;
+  const { size } = await plugin.usedNumbers(setup.own);
+  const counts = `${size} of ${setup.own.room} addresses are used`;
+  tell(counts, size < setup.own.room ? [] : [[counts, "kubectl delete pod"]]);
+  const missing = plan(setup, await look(flags)).filter((it) => !it.isThere)
+    .map(({ step, line }): Trouble => [STEPS[step], line]);
+  tell("All rules and routes are there", missing);
+  tell("No rule drops pods' packets", await drops(setup));
 }
 
 /** Reads the flags; throws with 2 what can't be meant. */
@@ -203,138 +173,167 @@ function readFlags(args: string[]) {
   const words = at > 0 ? args.toSpliced(at - 1, 2, `${args[at - 1]}=-`) : args;
   const flags = parseArgs(words, {
     string: ["peer", "nodes", "podcidr", "conf", "bridge", "dev", "only"],
-    boolean: ["keep-source", "delete", "dry-run", "help"],
+    boolean: ["keep-source", "check", "delete", "dry-run", "help"],
     collect: ["peer", "only"],
-    default: { conf: "/etc/cni/net.d/10-custom-cni.conf", bridge: "cni0" },
+    default: { bridge: plugin.BRIDGE },
     unknown: (arg) => fail(2, `Unknown argument "${arg}"`, "see --help"),
   });
   for (const [name, value] of Object.entries(flags)) {
     if ([value].flat().includes("")) fail(2, `--${name} needs a value`);
   }
-  const bad = flags.only.find((step) => !STEPS.includes(step));
-  if (bad) fail(2, `--only "${bad}" is no step`, `use ${STEPS.join(", ")}`);
-  const only = flags.only.length ? flags.only : [...STEPS];
-  if (!flags.delete) only.push("ip_forward"); // others may have come to need it
-  const peer = [...new Set(flags.peer)];
-  const needsPeer = only.includes("routes") || flags["keep-source"];
-  if (needsPeer && !peer.length && !flags.nodes && !flags.help) {
-    fail(2, "No other node is named", "use --peer or --nodes, see --help");
-  }
+  const bad = flags.only.find((step) => !CHOICE.includes(step));
+  if (bad) fail(2, `--only "${bad}" is no step`, `use ${CHOICE.join(", ")}`);
   if (!/^[^-\s][^\s/]{0,14}$/.test(flags.bridge)) {
     fail(1, `--bridge "${flags.bridge}" is no name of a device`);
   }
+  const only = flags.only.length ? flags.only : [...CHOICE];
+  const peer = [...new Set(flags.peer)];
+  const needsPeer = only.includes("routes") || flags["keep-source"];
+  const hasPeer = peer.length || flags.nodes || flags.help || flags.check;
+  if (needsPeer && !hasPeer) {
+    fail(2, "No other node is named", "use --peer or --nodes, see --help");
+  }
+  // These come first, and are not taken back: others may have come to need it.
+  const others = only.includes("forward") ? ["bridged"] : [];
+  if (!flags.delete) only.unshift("ip_forward", ...others);
   return { ...flags, peer, only };
 }
 
-/** Finds this node, its peers and the useless in the output of kubectl. */
-export function readNodes(
-  list: { items?: KubeNode[] } | null,
-  ownNames: string[],
-) {
-  if (!Array.isArray(list?.items)) {
-    fail(1, "--nodes has no items", "kubectl get nodes -o json prints them");
+/** The range of this node, and the peers that can be used. */
+async function learn(flags: Flags): Promise<Setup> {
+  const links = Deno.networkInterfaces().filter((it) => it.family === "IPv4");
+  const names = [Deno.hostname(), ...links.map(({ address }) => address)];
+  const list = flags.nodes && await readJSON(flags.nodes, "kubectl prints it");
+  const { range, nodes = [] } = list ? readNodes(list, names) : {};
+  const conf = flags.podcidr ? flags : await findConf(flags.conf, range);
+  if (range && conf.podcidr !== range) {
+    const what = `podcidr "${conf.podcidr}" is not the "${range}" of --nodes`;
+    fail(1, what, `the other nodes send here what is for ${range}`);
   }
-  const own: { name: string; podCIDR?: string }[] = [];
+  const own = ipam.parsePodCIDR(conf.podcidr);
+  const named = [...nodes, ...flags.peer.map((text) => parsePeer(text, own))];
+  const routes = await show("ip -oneline route show", "ip route add ");
+  const oif = flags.dev ? ` oif ${flags.dev}` : "";
+  const gets = named.flatMap((it) => it.ips).map((ip) =>
+    `route get ${ip}${oif}`
+  );
+  const answers = await plugin.ip(gets.join("\n"), "-force").catch(() => []);
+  const ways = new Map<string, Any>(answers.map(([way]) => [way.dst, way]));
+  const ranges = [...links.map(({ cidr }) => cidr), own.text];
   const peers: Peer[] = [];
-  const skipped: string[] = [];
-  for (const { metadata, spec, status } of list.items) {
-    const { name = "" } = metadata ?? {};
-    const { podCIDR } = spec ?? {};
-    const { addresses = [] } = status ?? {};
-    const names = [name, ...addresses.map(({ address }) => address)];
-    const ip = addresses.find(({ type, address }) =>
-      type === "InternalIP" && isIPv4(address)
-    )?.address;
-    if (names.some((name) => ownNames.includes(name))) {
-      own.push({ name, podCIDR });
-    } else if (ip && podCIDR) {
-      peers.push({ ip, podCIDR: parsePodCIDR(podCIDR) });
-    } else skipped.push(name);
+
+  /** Why a peer can't be used so, if it can't. */
+  const refuse = ({ ip, podCIDR, dev }: Peer): Trouble[] => {
+    const { type, gateway } = ways.get(ip) ?? {};
+    const ours = routeTo({ ip, podCIDR, dev });
+    const taken = ranges.find((range) => ipam.overlaps(podCIDR, range));
+    const isOther = (it: string) =>
+      it.split(" ").includes(podCIDR.text) && !`${it} `.startsWith(`${ours} `);
+    const other = routes.find(isOther) ?? "";
+    const reasons: [isSo: unknown, what: string, mend: string][] = [
+      [!ways.has(ip), "can't be reached", `see: ip route get ${ip}${oif}`],
+      [type === "local", "is this node", "name the other ones"],
+      [type, `is a ${type} address`, "name a node"],
+      // The kernel takes only a neighbour for the next hop of a route.
+      [gateway, "is no neighbour", `${gateway} is on the way to it`],
+      [ipam.overlaps(own, `${ip}/32`), "is a pod", "name its node"],
+      [peers.some((it) => it.ip === ip), "is another node's too", "mend that"],
+      [taken, `can't have "${podCIDR.text}"`, `that overlaps ${taken}`],
+      [other, "has another route", opposite(other)],
+    ];
+    return reasons.filter(([isSo]) => isSo && !flags.delete)
+      .map(([, what, mend]) => [`Peer "${ip}" ${what}`, mend]);
+  };
+  for (const { name, ips, range } of named) {
+    try {
+      const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
+      const hops = ips.map((ip) => ({ ip, podCIDR, dev: ways.get(ip)?.dev }));
+      const none: Trouble = ["No IPv4 InternalIP", "there is no way to it"];
+      const [why = none] = hops.flatMap(refuse);
+      const hop = hops.find((hop) => !refuse(hop).length);
+      peers.push(hop ?? fail(1, ...why));
+      ranges.push(podCIDR.text);
+    } catch (error) {
+      // What can't be used of a list stops nobody else; what was named, does.
+      if (!name || !(error instanceof CNIError)) throw error;
+      console.error(`Skipped node "${name}": ${error.message};`, error.details);
+    }
   }
-  if (own.length !== 1) {
-    const found = own.map(({ name }) => `"${name}"`).join(" and ") || "none";
-    const mend = `its names are ${ownNames.join(", ")}`;
-    fail(1, `Just one of --nodes must be this node, not ${found}`, mend);
-  }
-  return { own: own[0], peers, skipped };
+  return { own, peers, flags };
 }
 
-/** The range of this node's pods: of the flag or the conf, and of kubectl. */
-async function ownPodCIDR(flags: Flags, listed?: string): Promise<PodCIDR> {
-  const isEnough = flags.podcidr || listed && !existsSync(flags.conf);
-  const mend = "write it, or use --podcidr";
-  const conf = isEnough ? flags : await readJSON(flags.conf, mend);
-  const podcidr = conf?.podcidr ?? listed;
-  if (listed && podcidr !== listed) {
-    const message = `podcidr "${podcidr}" is not the "${listed}" of --nodes`;
-    fail(1, message, `the other nodes send here what is for ${listed}`);
+/** Finds this node's range and the other nodes in the output of kubectl. */
+function readNodes(list: Any, mine: string[]) {
+  const items: Any[] = list.kind === "Node" ? [list] : list.items;
+  if (!Array.isArray(items)) {
+    fail(1, "--nodes has no items", "kubectl get nodes -o json prints them");
   }
-  return parsePodCIDR(podcidr);
+  const nodes = items.filter(({ kind = "Node" }) => kind === "Node")
+    .map(({ metadata = {}, spec = {}, status = {} }) => {
+      const { addresses = [] }: { addresses?: Any[] } = status;
+      const ranges: Any[] = [...spec.podCIDRs ?? [], spec.podCIDR];
+      return {
+        name: `${metadata.name}`,
+        known: addresses.map(({ address }) => address),
+        ips: addresses.filter(({ type }) => type === "InternalIP")
+          .map(({ address }) => address).filter(isIPv4),
+        range: ranges.find((range) => range && !range.includes(":")),
+      };
+    });
+  // The name is one node's only, an address may be on every machine.
+  const named = nodes.filter(({ name }) => name === mine[0].toLowerCase());
+  const known = nodes.filter((it) => it.known.some((at) => mine.includes(at)));
+  const [own, ...more] = named.length ? named : known;
+  if (own && !more.length) {
+    return { range: own.range, nodes: nodes.filter((node) => node !== own) };
+  }
+  const found = known.map(({ name }) => `"${name}"`).join(" and ") || "none";
+  const what = `Just one of --nodes must be this node, not ${found}`;
+  return fail(1, what, `its names are ${mine.join(", ")}`);
 }
 
 /** Reads the "10.0.2.14" or "10.0.2.14=10.240.1.0/24" of --peer. */
-export function parsePeer(text: string, own: PodCIDR): Peer {
+function parsePeer(text: string, own: PodCIDR) {
   const [ip, ...rest] = text.split("=");
   if (!isIPv4(ip)) fail(1, `--peer "${text}" is no IPv4 address`, "IP[=CIDR]");
-  const other = PAIR.includes(own.text)
-    ? PAIR.find((range) => range !== own.text)
-    : undefined;
-  const range = rest.length ? rest.join("=") : other;
-  if (range === undefined) {
-    const message = `--peer "${text}" names no CIDR`;
-    const mend = `only ${PAIR.join(" and ")} know each other`;
-    fail(1, message, `write --peer ${text}=CIDR; ${mend}`);
-  }
-  return { ip, podCIDR: parsePodCIDR(range) };
+  const other = PAIR.includes(own.text) && PAIR.find((it) => it !== own.text);
+  const mend = `write --peer ${text}=CIDR; only ${PAIR} know each other`;
+  if (!rest.length && !other) fail(1, `--peer "${text}" names no CIDR`, mend);
+  return { name: "", ips: [ip], range: rest.length ? rest.join("=") : other };
 }
 
-/** Refuses peers that can't be, and learns the device to each of the others. */
-async function checkPeers(
-  own: PodCIDR,
-  peers: Peer[],
-  addresses: Deno.NetworkInterfaceInfo[],
-  routes: string[],
-  dev?: string,
-): Promise<void> {
-  // In this order a range that reaches into others reaches into the next one.
-  peers.sort((a, b) => a.podCIDR.network - b.podCIDR.network);
-  const via = dev ? ` oif ${dev}` : "";
-  const lines = peers.map(({ ip }) => `route get ${ip}${via}`).join("\n");
-  const { stdout, stderr } = await run("ip -json -batch -", lines);
-  const ways = stdout.split("\n");
-  for (const [i, peer] of peers.entries()) {
-    const { ip, podCIDR: { text } } = peer;
-    const refuse = (message: string, mend: string) =>
-      fail(1, `Peer "${ip}" ${message}`, mend);
-    if (!ways[i]) refuse("can't be reached", stderr);
-    const [{ type, gateway, dev }] = JSON.parse(ways[i]);
-    if (type === "local") refuse("is this node", "name the other ones");
-    if (type) refuse(`is a ${type} address`, "name a node");
-    // The kernel takes only a neighbour for the next hop of a route.
-    if (gateway) refuse("is no neighbour", `${gateway} is on the way to it`);
-    if (overlaps(own, `${ip}/32`)) refuse("is a pod", "name its node");
-    const ranges = addresses.map(({ cidr }) => cidr);
-    ranges.push(own.text, peers[i - 1]?.podCIDR.text ?? own.text);
-    const taken = ranges.find((range) => overlaps(peer.podCIDR, range));
-    if (taken) refuse(`can't have "${text}"`, `that overlaps ${taken}`);
-    peer.dev = dev;
-    const other = routes.find((route) =>
-      route.includes(` ${text}`) && route !== routeTo(peer)
-    );
-    if (other) {
-      refuse(`can't have "${text}"`, `there is a route: ${opposite(other)}`);
-    }
+/** What a conf says to custom-cni: the given one, or as libcni reads it. */
+async function findConf(given?: string, range?: string): Promise<Any> {
+  const all = existsSync(CONF_DIR) ? [...Deno.readDirSync(CONF_DIR)] : [];
+  const [first] = all.map(({ name }) => name).sort()
+    .filter((name) => /\.(conf|conflist|json)$/.test(name));
+  if (!given && !first && range) return { podcidr: range };
+  const none = `${CONF_DIR} has no conf ("cni plugin not initialized")`;
+  const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
+  const file = given ?? `${CONF_DIR}/${first ?? fail(1, none, copy)}`;
+  const conf = await readJSON(file, `vi ${file} # or use --podcidr`);
+  const { name, cniVersion, plugins } = conf;
+  const ours = (plugins ?? [conf]).find((it: Any) => it.type === "custom-cni");
+  if (given) return ours ?? conf;
+  if (file.endsWith(".conflist") === !plugins) {
+    const [is, end] = plugins ? ["list", "conflist"] : ["single conf", "conf"];
+    const mend = `mv ${file} ${file.replace(/[^.]*$/, end)}`;
+    fail(1, `${file} is a ${is}: no runtime takes it by this name`, mend);
+  }
+  if (!ours) fail(1, `${file} comes first, for others`, `mv ${file} /root/`);
+  try {
+    // libcni gives a plugin the name and the version of its list.
+    plugin.checkConf(plugins ? { ...ours, name, cniVersion } : ours);
+    return ipam.parsePodCIDR(ours.podcidr) && ours;
+  } catch ({ message, details }: Any) {
+    return fail(1, `${file}: ${message}`, `vi ${file} # ${details}`);
   }
 }
 
 /** Runs what is missing, or with --delete takes back what is there. */
-async function apply(
-  own: string,
-  peers: Peer[],
-  flags: Flags,
-  there: Set<string>,
-) {
-  const commands = plan(own, peers, flags, there);
+async function apply(setup: Setup, there: Set<string>) {
+  const { flags } = setup;
+  const commands = plan(setup, there);
   const todo = commands
     .filter(({ isThere }) => flags["dry-run"] || isThere === flags.delete)
     .map(({ line }) => flags.delete ? opposite(line) : line);
@@ -342,30 +341,40 @@ async function apply(
   const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
   const batches = Map.groupBy(todo, (it) => it.startsWith("ip ") ? ip : it);
   const errors: string[] = [];
+  let changed = todo.length;
   for (const [command, lines] of batches) {
     for (const line of lines) console.log(line);
     if (flags["dry-run"]) continue;
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
-    const { code, stderr } = await run(command, input);
+    const { code, stderr } = await sh(command, input);
+    if (!code) continue;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
-    if (code) errors.push(`${lines[failed - 1]}: ${stderr}`);
-    if (code && !flags.delete) break;
+    const error = `${lines[failed - 1]}: ${stderr}`;
+    // The rest works without bridged packets, and not every kernel has them.
+    if (/br_netfilter|bridge-nf/.test(command)) {
+      console.error(`Warning: ${error}`);
+      changed--;
+    } else errors.push(error);
+    if (errors.length && !flags.delete) break;
   }
-  return { errors, changed: todo.length, rest: commands.length - todo.length };
+  return { errors, changed, rest: commands.length - todo.length };
 }
 
 /** What there is, each as the command that makes it. */
-async function look(): Promise<Set<string>> {
-  const lists = [];
-  for (const [command, prefix] of LISTINGS) {
-    lists.push(...await list(command, prefix));
+async function look(flags: Flags): Promise<Set<string>> {
+  const lines: string[] = [];
+  for (const [command, prefix] of Object.entries(LISTINGS)) {
+    if (!flags["dry-run"]) lines.push(...await show(command, prefix));
   }
-  return new Set(lists);
+  if (lines.some((line) => line.includes("bridge-nf"))) lines.push(MODPROBE);
+  // Others may keep the same route, with words of their own behind it.
+  const bare = lines.map((line) => line.replace(/( dev \S+) .*/, "$1"));
+  return new Set(flags.delete ? lines : [...lines, ...bare]);
 }
 
 /** What a command lists, each line as the command that makes it. */
-async function list(command: string, prefix = ""): Promise<string[]> {
-  const { code, stdout, stderr } = await run(command);
+async function show(command: string, prefix = ""): Promise<string[]> {
+  const { code, stdout, stderr } = await sh(command);
   if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
   // A route tells the state of its link too, and sysctl wants no blanks.
   return stdout.split("\n").map((line) =>
@@ -373,31 +382,30 @@ async function list(command: string, prefix = ""): Promise<string[]> {
   );
 }
 
-/** Says which rule drops the pods' packets, if one in front of ours does. */
-function warnOfDrop(rules: string[], own: PodCIDR, bridge: string): void {
-  const chain = { "-A": "FORWARD" };
-  const leaving = verdict(rules, { ...chain, "-s": own, "-i": bridge });
-  const coming = verdict(rules, { ...chain, "-d": own, "-o": bridge });
-  for (const rule of new Set([leaving, coming])) {
-    if (rule && !/ -j ACCEPT/.test(rule)) {
-      console.error(`Warning: this rule drops pods' packets: iptables ${rule}`);
-    }
-  }
+/** The rules that drop the pods' packets, also if ours are (or were) there. */
+async function drops({ own, flags }: Setup): Promise<Trouble[]> {
+  const rules = await show("iptables -S");
+  const mend = (way: string) => `-I FORWARD ${way} ${own.text} -j ACCEPT`;
+  const found = [["-s", "-i"], ["-d", "-o"]].map(([way, at]) => {
+    const packet = { "-A": "FORWARD", [way]: own, [at]: flags.bridge };
+    return verdict([...rules, mend(way).replace("-I", "-A")], packet) ?? "";
+  });
+  const mends = `iptables ${mend("-s")} && iptables ${mend("-d")}`;
+  return [...new Set(found)].filter((rule) => /-j (DROP|REJECT)/.test(rule))
+    .map((rule) => [`iptables ${rule} drops pods' packets`, mends]);
 }
+
+type Packet = Record<string, string | PodCIDR>;
 
 /**
  * The rule that decides on a packet, which is given as the options that match
  * it. Rules that ask for more (-p, -m) are for a part of the packets only.
  */
-export function verdict(
-  rules: string[],
-  packet: Record<string, string | PodCIDR>,
-): string | undefined {
+export function verdict(rules: string[], packet: Packet): string | undefined {
   const fits = ([, not, option, value]: string[]) => {
-    const ours = packet[option];
-    const same = typeof ours === "object"
-      ? overlaps(ours, value)
-      : ours === value;
+    const ours = packet[option] ?? "";
+    const isRange = typeof ours === "object";
+    const same = isRange ? ipam.overlaps(ours, value) : ours === value;
     return ours && same !== Boolean(not);
   };
   for (const rule of rules) {
@@ -412,42 +420,31 @@ export function verdict(
   }
 }
 
-// deno-lint-ignore no-explicit-any -- whoever asks for it knows its keys
-async function readJSON(path: string, mend: string): Promise<any> {
+/** Reads a file, or stdin, as a JSON object. */
+async function readJSON(path: string, mend: string): Promise<Any> {
   try {
     const { readable } = path === "-" ? Deno.stdin : await Deno.open(path);
-    return await new Response(readable).json();
+    return plugin.parseConf(await new Response(readable).text());
   } catch (error) {
     return fail(1, `Cannot read "${path}"`, `${mend}; ${error}`);
   }
 }
 
-/** Runs a command, and tells how it ended and what it wrote. */
-async function run(command: string, input = "") {
+/** Runs a command, and shows what it says although it succeeds. */
+async function sh(command: string, input = "") {
   const [program, ...args] = command.split(" ");
   // kube-proxy and Docker write to the tables too: wait for their lock.
   if (program === "iptables") args.unshift("-w");
-  const piped = { stdin: "piped", stdout: "piped", stderr: "piped" } as const;
-  let child: Deno.ChildProcess;
-  try {
-    child = new Deno.Command(program, { args, ...piped }).spawn();
-  } catch {
-    return fail(1, `"${program}" is not on the PATH`, "install it first");
-  }
-  const sent = new Blob([input]).stream().pipeTo(child.stdin).catch(() => {});
-  const { code, stdout, stderr } = await child.output();
-  await sent;
-  const [out, err] = [stdout, stderr].map((it) => new TextDecoder().decode(it));
-  return { code, stdout: out.trim(), stderr: err.trim() };
+  const output = await plugin.run(program, args, input);
+  if (!output.code && output.stderr) console.error(output.stderr);
+  return output;
 }
 
 if (import.meta.main) {
-  try {
-    await main(Deno.args);
-  } catch (error) {
+  await main(Deno.args).catch((error) => {
     if (!(error instanceof CNIError)) throw error;
-    const { code, message, details } = error;
-    console.error(`Error: ${message}${details && `\n  ${details}`}`);
-    Deno.exit(code === 2 ? 2 : 1);
-  }
+    console.error(`Error: ${error.message}\n  ${error.details}`.trimEnd());
+    Deno.exitCode = error.code === 2 ? 2 : 1;
+  });
+  Deno.exit(); // else it waits for half a minute: see run() of custom-cni.ts
 }

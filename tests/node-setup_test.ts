@@ -4,6 +4,7 @@ import { join } from "@std/path/posix/join";
 import { parsePodCIDR } from "../ipam.ts";
 import { verdict } from "../node-setup.ts";
 import { CONF, Node, type Output, ROOT, run } from "./lab.ts";
+import SHAPES from "./nodes.json" with { type: "json" };
 
 const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
 const PATH = Deno.env.get("PATH")!;
@@ -49,7 +50,7 @@ async function shim(node: Node, name: string, script: string): Promise<void> {
 /** All that node-setup.ts may change. */
 function tables(node: Node): Promise<string> {
   return node.sh(`iptables -S; iptables -t nat -S; ip route
-    sysctl net.ipv4.ip_forward`);
+    sysctl net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables`);
 }
 
 /** What `kubectl get nodes -o json` prints of some nodes. */
@@ -63,8 +64,15 @@ function kubectl(...nodes: [name: string, ip: string, podCIDR?: string][]) {
   });
 }
 
+/** What the kernel of the tests has on already. */
+const BRIDGED = [
+  "modprobe br_netfilter",
+  "sysctl -w net.bridge.bridge-nf-call-iptables=1",
+];
+
 const COMMANDS = [
   "sysctl -w net.ipv4.ip_forward=1",
+  ...BRIDGED,
   "iptables -A FORWARD -s 10.240.0.0/24 -j ACCEPT",
   "iptables -A FORWARD -d 10.240.0.0/24 -j ACCEPT",
   "ip route add 10.240.1.0/24 via 10.0.2.14 dev enp0s3",
@@ -75,7 +83,8 @@ Deno.test("node-setup.ts prints and runs the tutorial's commands", async () => {
   await using node = await start();
   const before = await tables(node);
   const printed = await succeed(node, PEER);
-  const expected = [...COMMANDS, "# 5 new, 0 there already"];
+  const expected = COMMANDS.filter((line) => !BRIDGED.includes(line));
+  expected.push("# 5 new, 2 there already");
   assertEquals(printed.trim().split("\n"), expected);
   const after = await tables(node);
   // What is printed does the same by hand.
@@ -241,7 +250,7 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
     const words = ["env", "PATH=/opt/tools", ...SCRIPT, ...PEER.split(" ")];
     const { code, stderr } = await node.run(...words);
     assertEquals(code, 1);
-    assertMatch(stderr, new RegExp(`^Error: "${missing}" is not on the PATH`));
+    assertMatch(stderr, new RegExp(`^Error: ${missing} is not on the PATH`));
   }
   await shim(node, "iptables", "exit 4");
   const cannot = await setup(node, PEER);
@@ -255,7 +264,6 @@ Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
   for (
     const route of [
       "10.240.1.0/24 via 10.0.2.99 dev enp0s3",
-      "10.240.1.0/24 via 10.0.2.14 dev enp0s3 proto static metric 9",
       "blackhole 10.240.1.0/24",
     ]
   ) {
@@ -371,7 +379,7 @@ Deno.test("node-setup.ts --nodes finds this node in the list", async () => {
   for (
     const [list, says] of [
       [kubectl([...peer]), /must be this node, not none/],
-      [kubectl(["node2", "10.0.2.9"], ["b", "10.0.2.15"]), /"node2" and "b"/],
+      [kubectl(["c", "10.0.2.15"], ["b", "10.0.2.15"]), /"c" and "b"/],
       [
         kubectl(["b", "10.0.2.15", "10.9.0.0/24"]),
         /10\.240\.0\.0.*10\.9\.0\.0/,
@@ -400,13 +408,14 @@ Deno.test("node-setup.ts --nodes finds this node in the list", async () => {
 
 Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
   await using node = await start();
-  await node.sh("sysctl -qw net.ipv4.ip_forward=1");
+  await node.sh(`sysctl -qw net.ipv4.ip_forward=1
+    ip addr add 172.16.0.1/20 dev enp0s3`);
   const before = await tables(node);
   const nodes = Array.from(
     { length: 1000 },
     (_, i): [string, string, string] => [
       `n${i}`,
-      `10.0.2.${16 + i % 90}`,
+      `172.16.${1 + (i >> 8)}.${i & 255}`,
       `10.${100 + (i >> 8)}.${i & 255}.0/24`,
     ],
   );
@@ -418,15 +427,16 @@ Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
     await shim(node, tool, `echo "${tool} $*" >> /opt/calls`);
   }
   const flags = "--nodes - --keep-source";
-  assertMatch(await succeed(node, flags, list), /# 1004 new, 1 there/);
+  assertMatch(await succeed(node, flags, list), /# 1004 new, 3 there/);
   assertEquals(await node.sh("ip route | grep -c via"), "1001");
   const once = await tables(node);
-  assertMatch(await succeed(node, flags, list), /# 0 new, 1004 there/);
+  assertMatch(await succeed(node, flags, list), /# 0 new, 1006 there/);
   assertEquals(await tables(node), once);
   await succeed(node, `${flags} --delete`, list);
   assertEquals(await tables(node), before);
   const calls = (await node.sh("cat /opt/calls")).split("\n");
-  assertEquals(calls.filter((call) => /^ip .*-batch/.test(call)).length, 4);
+  // Each run asks for the ways; the first adds the routes, the last deletes.
+  assertEquals(calls.filter((call) => /^ip .*-batch/.test(call)).length, 5);
   // And iptables waits for its turn.
   const iptables = calls.filter((call) => call.startsWith("iptables "));
   assert(iptables.every((call) => call.startsWith("iptables -w -")));
@@ -477,4 +487,77 @@ Deno.test("node-setup.ts --nodes joins the pods of three nodes", async () => {
     const isKept = flags.includes("--keep-source");
     assertMatch(await seen(), isKept ? /-c [1-9]/ : /-c 0 0/);
   }
+});
+
+for (const { name, list, routes, skipped } of SHAPES) {
+  Deno.test(`node-setup.ts --nodes reads ${name}`, async () => {
+    await using node = await start();
+    await node.sh("ip route add 192.0.2.0/24 via 10.0.2.2");
+    const input = JSON.stringify(list);
+    const { code, stderr } = await setup(node, "--nodes -", input);
+    assertEquals(code, 0, stderr);
+    const made = await node.sh(
+      "ip route | grep '^10[.]240[.]' | sed 's/linkdown //' || true",
+    );
+    const expected = routes.map((route) => `${route} dev enp0s3 `);
+    assertEquals(made, expected.join("\n").trimEnd());
+    const named = stderr.split("\n").filter((line) => /^Skipped/.test(line));
+    assertEquals(named.length, skipped.length, stderr);
+    for (const [who, why] of skipped) {
+      const line = named.find((it) => it.startsWith(`Skipped node "${who}"`));
+      assert(line?.includes(why), `${who}: ${stderr}`);
+    }
+  });
+}
+
+Deno.test("node-setup.ts counts a route that networkd keeps", async () => {
+  await using node = await start();
+  const route = "10.240.1.0/24 via 10.0.2.14 dev enp0s3";
+  for (const words of ["proto static metric 9", "src 10.0.2.15"]) {
+    await node.sh(`ip route add ${route} ${words}`);
+    assert(!(await succeed(node, PEER)).includes("ip route"), words);
+    // It is not ours to take back.
+    await succeed(node, `${PEER} --delete`);
+    await node.sh(`ip route del ${route} ${words}`);
+  }
+});
+
+Deno.test("node-setup.ts refuses a range that is not the list's", async () => {
+  await using node = await start();
+  const list = kubectl(["node2", "10.0.2.15", "10.240.0.0/24"]);
+  const ours = { ...CONF, podcidr: "10.240.7.0/24" };
+  const folder = "/etc/cni/net.d";
+  for (
+    const [file, conf] of [
+      ["1.conf", ours],
+      ["1.conflist", { ...CONF, plugins: [{ type: "x" }, ours] }],
+    ] as const
+  ) {
+    await node.sh(`rm ${folder}/*`);
+    const path = node.path(`${folder}/${file}`);
+    await Deno.writeTextFile(path, JSON.stringify(conf));
+    const { code, stderr } = await setup(node, "--nodes - --dry-run", list);
+    assertEquals(code, 1);
+    assertMatch(stderr, /"10\.240\.7\.0\/24" is not the "10\.240\.0\.0\/24"/);
+  }
+});
+
+Deno.test("after a reboot the README's unit brings all back", async () => {
+  await using node = await start();
+  await succeed(node, PEER);
+  const before = await tables(node);
+  await node.sh(
+    `iptables -F FORWARD; iptables -t nat -F; ip route del 10.240.1.0/24
+    sysctl -qw net.ipv4.ip_forward=0 net.bridge.bridge-nf-call-iptables=0
+    iptables -A FORWARD -s 10.9.0.0/24 -j ACCEPT
+    iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE
+    mkdir -p /opt/custom-cni; mount --bind ${ROOT} /opt/custom-cni`,
+  );
+  const readme = await Deno.readTextFile(join(ROOT, "README.md"));
+  const [, line] = /^ExecStart=(.*)$/m.exec(readme)!;
+  // Its deno is where the README copies it to; here it is the tests' own.
+  const deno = line.replace("/usr/local/bin/deno", Deno.execPath());
+  assert(deno !== line, line);
+  await node.sh(deno);
+  assertEquals(await tables(node), before);
 });

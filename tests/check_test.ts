@@ -1,0 +1,241 @@
+/** node-setup.ts --check: what an operator can't see, each by its symptom. */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { join } from "@std/path/posix/join";
+import { CONF, Node, ROOT } from "./lab.ts";
+
+const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
+const PEER = ["--peer", "10.0.2.14"];
+const FOLDER = "/etc/cni/net.d";
+
+/** node2 with its bridge, all commands of the tutorial run. */
+async function start(): Promise<Node> {
+  const node = await Node.start("node2", CONF);
+  await node.sh(`ip link add enp0s3 up type veth peer name unplugged
+    ip link set unplugged up
+    ip addr add 10.0.2.15/24 dev enp0s3
+    ip route add default via 10.0.2.2
+    ip link add cni0 up type bridge
+    ip addr add 10.240.0.1/24 dev cni0`);
+  await node.sh(`${SCRIPT.join(" ")} ${PEER.join(" ")}`);
+  return node;
+}
+
+/** What is wrong, with the command that mends each. */
+async function check(node: Node, ...flags: string[]) {
+  const { code, stdout, stderr } = await node.run(
+    ...SCRIPT,
+    "--check",
+    ...flags,
+  );
+  assertMatch(stdout, /^((ok {3}.+|BAD {2}.+\n {5}.+)\n)+$/, stdout + stderr);
+  const troubles = Array.from(
+    stdout.matchAll(/^BAD {2}(.*)\n {5}(.*)$/gm),
+    ([, message, mend]) => ({ message, mend }),
+  );
+  assertEquals(code, troubles.length ? 1 : 0, stdout);
+  return troubles;
+}
+
+Deno.test("a node that is well has no trouble, and none is made", async () => {
+  await using node = await start();
+  const before = await node.listing() +
+    await node.sh("iptables-save | grep -v ^#");
+  assertEquals(await check(node), []);
+  assertEquals(await check(node, ...PEER), []);
+  const after = await node.listing() +
+    await node.sh("iptables-save | grep -v ^#");
+  assertEquals(after, before);
+});
+
+/** A symptom, what makes it, what is said, and the mend as it is pasted. */
+const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
+  [
+    "pods reach no other network: ip_forward is off",
+    "sysctl -qw net.ipv4.ip_forward=0",
+    /forwards no packets/,
+    /^sysctl -w net\.ipv4\.ip_forward=1$/,
+  ],
+  [
+    "a Service is dead on its own node: bridged packets bypass iptables",
+    "sysctl -qw net.bridge.bridge-nf-call-iptables=0",
+    /a Service is dead on its own node/,
+    /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/,
+  ],
+  [
+    "a firewall reload took a rule away",
+    "iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT",
+    /FORWARD lacks a rule/,
+    /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
+  ],
+  [
+    "the internet never answers: MASQUERADE is gone",
+    "iptables -t nat -F POSTROUTING",
+    /nobody can answer/,
+    /MASQUERADE$/,
+  ],
+  [
+    "a link down and up took the route to a peer's pods away",
+    "ip route del 10.240.1.0/24",
+    /have no route/,
+    /^ip route add 10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s3$/,
+  ],
+  [
+    "pods reach nobody, though iptables -S shows our rules: a rule before them",
+    "iptables -I FORWARD -j DROP",
+    /-A FORWARD -j DROP drops/,
+    /^iptables -I FORWARD -s .* && iptables .* -d /,
+  ],
+];
+
+for (const [symptom, fault, says, mend] of FAULTS) {
+  Deno.test(symptom, async () => {
+    await using node = await start();
+    await node.sh(fault);
+    const [trouble, ...others] = await check(node, ...PEER);
+    assertEquals(others, []);
+    assertMatch(trouble.message, says);
+    assertMatch(trouble.mend, mend);
+    // What is to be pasted does mend it.
+    await node.sh(trouble.mend);
+    assertEquals(await check(node, ...PEER), []);
+  });
+}
+
+Deno.test("a stale cni0 has another prefix, or is no bridge", async () => {
+  await using node = await start();
+  for (const kind of ["bridge", "veth"]) {
+    await node.sh(`ip link del cni0; ip link add cni0 up type ${kind}
+      ip addr add 10.240.0.1/16 dev cni0`);
+    const troubles = await check(node, ...PEER);
+    assert(troubles.some((it) => /ip link del cni0/.test(it.mend)), kind);
+  }
+});
+
+Deno.test("no pod starts: the node is full", async () => {
+  await using node = await start();
+  await node.configure({ ...CONF, podcidr: "10.9.0.0/30" });
+  await node.sh("ip link add veth2 type veth");
+  const full = (await check(node)).map(({ message, mend }) => message + mend);
+  assert(
+    full.some((it) => /1 of 1 addresses are used.*kubectl/.test(it)),
+    `${full}`,
+  );
+});
+
+const OTHER = { cniVersion: "1.0.0", name: "other", type: "bridge" };
+const LIST = { cniVersion: "1.0.0", name: "pods" };
+const OURS = { type: "custom-cni", podcidr: "10.240.0.0/24" };
+
+/** What no runtime or ADD takes: files by name, and what is said of it. */
+const CONFS: [files: Record<string, unknown>, says: RegExp, mend: RegExp][] = [
+  [{}, /no conf \("cni plugin not initialized"\)/, /^cp 10-custom-cni\.conf/],
+  [{ "1.conflist": CONF }, /single conf/, /^mv \S+1\.conflist \S+1\.conf$/],
+  [
+    { "1.conf": { ...LIST, plugins: [OURS] } },
+    /is a list/,
+    /^mv \S+1\.conf \S+1\.conflist$/,
+  ],
+  [
+    { "1.conf": { ...CONF, name: undefined } },
+    /1\.conf: name ""/,
+    /^vi \S+1\.conf/,
+  ],
+  [
+    { "1.conf": { ...CONF, cniVersion: "0.2.0" } },
+    /"0\.2\.0"/,
+    /^vi .*0\.3\.0/,
+  ],
+  [
+    { "1.conf": { ...CONF, cniVersion: "1.2.0" } },
+    /"1\.2\.0"/,
+    /^vi .*1\.1\.0/,
+  ],
+  [
+    { "1.conf": { ...CONF, podcidr: "10.0.0.1/24" } },
+    /1\.conf: podcidr/,
+    /^vi /,
+  ],
+  [
+    { "1.conf": '{ "name": ' },
+    /Cannot read "\S+1\.conf"/,
+    /^vi \S+1\.conf .*SyntaxError/,
+  ],
+  [{ "1.conf": "" }, /1\.conf/, /^vi \S+1\.conf /],
+  [{ "1.conf": "null" }, /1\.conf/, /^vi \S+1\.conf /],
+  [{ "1.conf": {} }, /1\.conf comes first, for others/, /^mv /],
+  [{ "1.json": OTHER, "2.conf": CONF }, /first, for others/, /^mv \S+1\.json/],
+];
+
+Deno.test("no pod starts, for a conf that no runtime or ADD takes", async () => {
+  await using node = await start();
+  for (const [files, says, mend] of CONFS) {
+    await node.sh(`rm -rf ${FOLDER}/*`);
+    await write(node, files);
+    const [trouble] = await check(node, "--podcidr", "10.240.0.0/24");
+    assertMatch(trouble?.message, says);
+    assertMatch(trouble.mend, mend);
+  }
+});
+
+/** What is taken, also where the conf is not a file of ours alone. */
+const GOOD: Record<string, unknown>[] = [
+  { "1.json": CONF },
+  { "1.conflist": { ...LIST, plugins: [OURS, { type: "portmap" }] } },
+];
+
+Deno.test("a single conf and a list are each a conf for us", async () => {
+  await using node = await start();
+  for (const files of GOOD) {
+    await node.sh(`rm -rf ${FOLDER}/*`);
+    await write(node, files);
+    assertEquals(await check(node), [], JSON.stringify(files));
+  }
+});
+
+async function write(node: Node, files: Record<string, unknown>) {
+  for (const [name, conf] of Object.entries(files)) {
+    const text = typeof conf === "string" ? conf : JSON.stringify(conf);
+    await Deno.writeTextFile(node.path(`${FOLDER}/${name}`), text);
+  }
+}
+
+Deno.test("iptables' own warning of legacy tables is shown", async () => {
+  await using node = await start();
+  await node.sh("iptables-legacy -P FORWARD DROP");
+  const { code, stderr } = await node.run(...SCRIPT, ...PEER);
+  assertEquals(code, 0);
+  assertMatch(stderr, /^# Warning: iptables-legacy tables present/m);
+});
+
+Deno.test("a kernel without br_netfilter is a warning, with its reason", async () => {
+  await using node = await start();
+  await node.sh(`mkdir /opt/shims
+    printf '#!/bin/sh\\ncase "$*" in *bridge*) exit 1;; esac
+exec /usr/sbin/sysctl "$@"\\n' | sed 's/-e //' > /opt/shims/sysctl
+    printf '#!/bin/sh\\necho Module br_netfilter not found >&2; exit 1\\n' \\
+      > /opt/shims/modprobe
+    printf '#!/bin/sh\\n[ "$1" != -e ] || exec /usr/sbin/sysctl "$2"
+case "$*" in *bridge*) echo no such key >&2; exit 1;; esac
+exec /usr/sbin/sysctl "$@"\\n' > /opt/shims/sysctl
+    chmod +x /opt/shims/*`);
+  const path = `PATH=/opt/shims:${Deno.env.get("PATH")}`;
+  const { code, stdout, stderr } = await node.run(
+    ...["env", path, ...SCRIPT, ...PEER],
+  );
+  assertEquals(code, 0);
+  assertMatch(stdout, /# 0 new, 5 there already\n$/);
+  assertMatch(
+    stderr,
+    /^Warning: modprobe br_netfilter: Module br_netfilter not/,
+  );
+});
+
+Deno.test("--delete leaves br_netfilter on; a run turns it on", async () => {
+  await using node = await start();
+  await node.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0");
+  const stdout = await node.sh(`${SCRIPT.join(" ")} --only forward`);
+  assertMatch(stdout, /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/m);
+  await node.sh(`${SCRIPT.join(" ")} ${PEER.join(" ")} --delete`);
+  const now = await node.sh("sysctl -n net.bridge.bridge-nf-call-iptables");
+  assertEquals(now, "1");
+});
