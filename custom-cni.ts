@@ -104,7 +104,8 @@ async function add(call: Call): Promise<Answer> {
     addr add ${address} dev ${ifname}
     route append default via ${gateway} dev ${ifname}
     link show dev ${ifname}`;
-  const inside = inPod(netns, lines);
+  const inside = deafen(ifname, "nsenter", `--net=${netns}`)
+    .then(() => inPod(netns, lines));
   await Promise.allSettled([naming, inside]); // none goes on while it is undone
   const [[[podEnd]]] = await Promise.all([inside, naming])
     .catch((error) => takeBack(call, error));
@@ -144,15 +145,20 @@ async function makeBridge(podCIDR: PodCIDR): Promise<string> {
   const line = `link add ${BRIDGE} address ${mac} type bridge`;
   // By -force the node's first two pods may meet here: it has to be there then.
   if (!bridge) await ip(`${line}\nlink show dev ${BRIDGE}`, "-force");
-  // Deaf to the IPv6 router that a pod may play, before it is up.
-  const ra = `net.ipv6.conf.${BRIDGE}.accept_ra=0`;
-  const { stderr } = await run("sysctl", ["-eqw", ra])
-    .catch(({ message }) => ({ stderr: message }));
-  if (stderr) log("WARN", `${BRIDGE} takes IPv6 routes from pods: ${stderr}`);
+  await deafen(BRIDGE); // before it is up
   await ip(`
     link set ${BRIDGE} address ${mac} alias ${READY} up
     addr replace ${gateway} dev ${BRIDGE}`);
   return mac;
+}
+
+/** Makes a link deaf to the IPv6 router that a pod may play. */
+async function deafen(link: string, ...enter: string[]): Promise<void> {
+  const key = `net/ipv6/conf/${link}/accept_ra=0`; // eth0.1 has a dot
+  const [program, ...args] = [...enter, "sysctl", "-eqw", key];
+  const { stderr } = await run(program, args)
+    .catch(({ message }) => ({ stderr: message }));
+  if (stderr) log("WARN", `${link} takes IPv6 routes from pods: ${stderr}`);
 }
 
 /**
@@ -448,10 +454,7 @@ export async function run(program: string, args: string[], input = "") {
   return { code, stdout: text(output.stdout), stderr: text(output.stderr) };
 }
 
-/**
- * Waits for some work until a signal. That is no timer, since for the first one
- * of a program Deno loads 22 scripts, ten milliseconds.
- */
+/** Waits until a signal; a timer would be 22 more scripts for Deno to load. */
 function orLate<T>(end: AbortSignal, late: Error, work: Promise<T>) {
   const { promise, reject } = Promise.withResolvers<T>();
   end.onabort = () => reject(late);

@@ -124,39 +124,10 @@ for (
   });
 }
 
-/** What the README has for /etc/cni/net.d: `tuning` after ours. */
-const DEAF = {
-  cniVersion: "0.3.1",
-  name: "custom-cni",
-  plugins: [
-    { type: "custom-cni", podcidr: "10.240.0.0/24" },
-    {
-      type: "tuning",
-      sysctl: { "net.ipv6.conf.eth0.disable_ipv6": "1" },
-    },
-  ],
-};
-
-/** ADD of each plugin in turn, as a runtime does it. */
-async function addChain(node: Node, name: string): Promise<Added> {
-  const { plugins, ...rest } = DEAF;
-  const pod = await node.sandbox(name);
-  let answer: Answer | undefined;
-  for (const plugin of plugins) {
-    answer = await node.cni("ADD", pod, {
-      conf: { ...rest, ...plugin, prevResult: answer?.json },
-      env: { CNI_ARGS: `IgnoreUnknown=1;K8S_POD_NAME=${name}` },
-      plugin: plugin.type === "tuning" ? "/usr/lib/cni/tuning" : undefined,
-    });
-    assertEquals(answer.code, 0, answer.stdout);
-  }
-  return { ...pod, ...answer! };
-}
-
-Deno.test("a pod takes an IPv6 route from another, but not with tuning", async () => {
+Deno.test("a pod takes an IPv6 route from another", async () => {
   await using node = await Node.start("node1");
   const router = await node.start("alpine1");
-  // It never stops: a sysctl that comes after the first one comes too late.
+  // It never stops: whoever is up for a moment before it is deaf, hears it.
   const flood = {
     times: 20_000,
     pause: 0.001,
@@ -164,18 +135,17 @@ Deno.test("a pod takes an IPv6 route from another, but not with tuning", async (
   };
   const frame = advertisement(macOf(router), ALL_NODES);
   await send(node, router, frame, flood);
-  const open = await node.start("nginx1");
-  const deaf = await addChain(node, "nginx2");
-  for (const pod of [open, deaf]) {
-    const straight = advertisement(macOf(router), macOf(pod));
-    await send(node, router, straight);
-    await node.in(router, `ping -c1 -W5 ${addressOf(pod)}`);
-  }
-  // As with every plugin that makes a bridge: this is what a switch is.
-  assertMatch(await advertised(node, open), /via fe80::bad dev eth0/);
-  assertEquals(await node.in(deaf, "ip -6 route show dev eth0"), "");
-  assertEquals(await node.in(deaf, "ip -6 addr show dev eth0"), "");
+  const pod = await node.start("nginx1");
+  const straight = advertisement(macOf(router), macOf(pod));
+  await send(node, router, straight);
+  await node.in(router, `ping -c1 -W5 ${addressOf(pod)}`);
+  assertEquals(await advertised(node, pod), "");
   assertEquals(await advertised(node), "");
+  // And that is what does it.
+  await node.in(pod, "sysctl -qw net.ipv6.conf.eth0.accept_ra=1");
+  await send(node, router, straight);
+  await node.in(router, `ping -c1 -W5 ${addressOf(pod)}`);
+  assertMatch(await advertised(node, pod), /via fe80::bad dev eth0/);
 });
 
 for (

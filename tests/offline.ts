@@ -77,6 +77,7 @@ const TOOLS: Record<string, string> = {
   iptables: "iptables",
   mount: "mount",
   nsenter: "util-linux",
+  perl: "perl-base",
   ping: "iputils-ping",
   tar: "tar",
   tcpdump: "tcpdump",

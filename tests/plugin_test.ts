@@ -420,7 +420,10 @@ Deno.test("the log's steps can be pasted, and do what ADD did", async () => {
   const added = await node.listing(pod);
   const steps = await log();
   assertMatch(steps.pop()!, /^ADD /);
-  assert(steps.every((line) => /^(ip|ln|sysctl) /.test(line)), `${steps}`);
+  assert(
+    steps.every((line) => /^(ip|ln|nsenter|sysctl) /.test(line)),
+    `${steps}`,
+  );
   assert(steps.some((line) => /^ip -n .* addr add .*\/24/.test(line)));
   assertEquals((await node.cni("DEL", pod)).code, 0);
   await node.sh("ip link del cni0");
