@@ -249,9 +249,9 @@ async function learn(flags: Flags): Promise<Setup> {
       const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
       const hops = ips.map((ip) => ({ ip, podCIDR, dev: ways.get(ip)?.dev }));
       const none: Trouble = ["No IPv4 InternalIP", "there is no way to it"];
-      const [why = none] = hops.flatMap(refuse);
-      const hop = hops.find((hop) => !refuse(hop).length);
-      peers.push(hop ?? fail(1, ...why));
+      const refusals = hops.map(refuse);
+      const hop = hops[refusals.findIndex((it) => !it.length)];
+      peers.push(hop ?? fail(1, ...refusals.flat()[0] ?? none));
       ranges.push(podCIDR.text);
     } catch (error) {
       // What can't be used of a list stops nobody else; what was named, does.

@@ -314,7 +314,7 @@ async function inParts(rounds: number): Promise<Record<string, number[]>> {
     const milestones: [part: string, at: number][] = [
       ["Deno starts", hello.answer],
       ["modules, stdin", version.answer],
-      ["lock, ip looks, ip starts", timeOf(host, /LINK.*veth/) - start],
+      ["ip looks, lock, ip starts", timeOf(host, /LINK.*veth/) - start],
       ["veth pair, next ip starts", timeOf(inside, /LINK.*[<,]UP/) - start],
       ["address, route", timeOf(inside, /ROUTE\]default via/) - start],
       ["result", answer],

@@ -1,7 +1,8 @@
 /**
  * Fetches the container runtimes that the end-to-end tests run, and the `ip` of
- * other releases of Debian, and unpacks them into vendor/deb/. The machine stays as it is: apt gets lists of its own,
- * and nothing is installed. A second run finds the work done.
+ * other releases of Debian, and unpacks them into vendor/deb/. The machine
+ * stays as it is: apt gets lists of its own, and nothing is installed. A second
+ * run finds the work done.
  *
  *     deno run -A tests/e2e/packages.ts
  *
