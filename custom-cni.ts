@@ -23,7 +23,6 @@ import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 export const BRIDGE = "cni0";
 const LOG = "/var/log/cni.log";
 const NETNS_DIR = "/var/run/netns"; // where `ip netns` looks
-const READY = "custom-cni"; // the alias of a bridge that was prepared
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const VALID = "cni.dev/valid-attachments";
 // Two of them and an interface's fit into an alias, which has 255 bytes.
@@ -86,26 +85,25 @@ async function add(call: Call): Promise<Answer> {
   if (name && existsSync(name) && !linkTarget(name)) {
     fail(4, "CNI_CONTAINERID is the name of another namespace", name);
   }
-  ipam.checkCounter();
 
-  // The bridge, up and with the gateway's address.
-  const bridgeMac = await makeBridge(podCIDR);
+  // The bridge. Where there is no counter, this is the node's first pod.
+  if (!ipam.checkCounter()) await makeBridge(podCIDR);
 
   // The number n, and the veth pair, with its host end vethN on the bridge.
-  const { hostEnd, address } = await makeVeth(call, podCIDR);
+  const { bridge, hostEnd, address } = await makeVeth(call, podCIDR);
 
   // A name for the namespace, so that `ip netns exec CONTAINERID` works. And in
   // the pod: up, address, default route, and its MAC is read. The route is
   // appended, so that the one of another network stays the first.
   ensureDirSync(NETNS_DIR);
+  const deaf = deafen(ifname, "nsenter", `--net=${netns}`);
   const naming = name && ln("-sfT", netns, name);
   const lines = `
     link set dev ${ifname} up
     addr add ${address} dev ${ifname}
     route append default via ${gateway} dev ${ifname}
     link show dev ${ifname}`;
-  const inside = deafen(ifname, "nsenter", `--net=${netns}`)
-    .then(() => inPod(netns, lines));
+  const inside = deaf.then(() => inPod(netns, lines));
   await Promise.allSettled([naming, inside]); // none goes on while it is undone
   const [[[podEnd]]] = await Promise.all([inside, naming])
     .catch((error) => takeBack(call, error));
@@ -121,7 +119,7 @@ async function add(call: Call): Promise<Answer> {
       ...previous.interfaces,
       { name: ifname, mac: podEnd.address, sandbox: netns },
       { name: hostEnd.ifname, mac: hostEnd.address },
-      { name: BRIDGE, mac: bridgeMac },
+      { name: BRIDGE, mac: bridge.address },
     ],
     ips: [...previous.ips, {
       ...cniVersion < "1.0.0" ? { version: "4" } : {},
@@ -133,24 +131,24 @@ async function add(call: Call): Promise<Answer> {
   return [`${address} ${hostEnd.ifname}`, result];
 }
 
-/** Makes the bridge, or what it lacks, and returns its MAC. */
-async function makeBridge(podCIDR: PodCIDR): Promise<string> {
-  const gateway = `${ipam.address(podCIDR, 1)}/${podCIDR.prefix}`;
+/** Makes the bridge, or takes the one that is there, and gives it its mark. */
+async function makeBridge(podCIDR: PodCIDR): Promise<void> {
   const bridge = await lookAtBridge(podCIDR);
-  const isUp = bridge?.hasGateway && bridge.flags.includes("UP");
-  if (isUp && bridge.ifalias === READY) return bridge.address;
   // A MAC of its own. Else it has that of one of its ports, and changes it when
   // that pod ends, while others' ARP knows the old one.
-  const mac = bridge?.address ?? macOf(gateway);
+  const mac = bridge?.address ?? macOf(ipam.address(podCIDR, 1));
   const line = `link add ${BRIDGE} address ${mac} type bridge`;
   // By -force the node's first two pods may meet here: it has to be there then.
   if (!bridge) await ip(`${line}\nlink show dev ${BRIDGE}`, "-force");
   await deafen(BRIDGE); // before it is up
-  await ip(`
-    link set ${BRIDGE} address ${mac} alias ${READY} up
-    addr replace ${gateway} dev ${BRIDGE}`);
-  return mac;
+  const lines = `link set ${BRIDGE} address ${mac}
+    link property add dev ${BRIDGE} altname ${markOf(podCIDR)}
+    link show dev ${BRIDGE}`;
+  await ip(lines, "-force");
 }
+
+/** A second name of the bridge: all was looked at, and made, for this range. */
+const markOf = ({ text }: PodCIDR) => `${BRIDGE}-${text.replace("/", "-")}`;
 
 /** Makes a link deaf to the IPv6 router that a pod may play. */
 async function deafen(link: string, ...enter: string[]): Promise<void> {
@@ -170,16 +168,18 @@ async function deafen(link: string, ...enter: string[]): Promise<void> {
  */
 async function makeVeth(call: Call, podCIDR: PodCIDR) {
   const { netns, ifname, conf, alias } = call;
+  const { prefix } = podCIDR;
   const mtu = conf.mtu ? ` mtu ${conf.mtu}` : "";
-  const late = new CNIError(11, `${ipam.COUNTER} is locked by another process`);
-  for (let used: Set<number> | undefined;;) {
-    const minute = AbortSignal.timeout(60_000);
-    const n = await orLate(minute, late, ipam.nextNumber(podCIDR, used));
+  let cni0 = markOf(podCIDR); // a bridge that was not prepared has no such name
+  for (let n = await ipam.nextNumber(podCIDR);; cni0 = BRIDGE) {
     const podIP = ipam.address(podCIDR, n);
     const hostMac = `address ${macOf(podIP, 0x59)}`;
     const peer = `${ifname}${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
-      const [[hostEnd]] = await ip(`
+      const [[bridge], [hostEnd]] = await ip(`
+        link show dev ${cni0}
+        link set ${BRIDGE} up
+        addr replace ${ipam.address(podCIDR, 1)}/${prefix} dev ${BRIDGE}
         link add veth${n}${mtu} ${hostMac} type veth peer name ${peer}
         link set veth${n} alias ${alias}
         link set veth${n} up
@@ -189,9 +189,14 @@ async function makeVeth(call: Call, podCIDR: PodCIDR) {
       // The kernel tells the peer's namespace only if it is another one.
       const isOwn = hostEnd.link_netnsid === undefined;
       if (isOwn) fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
-      return { hostEnd, address: `${podIP}/${podCIDR.prefix}` };
+      return { bridge, hostEnd, address: `${podIP}/${prefix}` };
     } catch (error: Any) {
-      if (!error.message.startsWith("ip link add")) await takeBack(call, error);
+      if (error.message === `ip link show dev ${markOf(podCIDR)}`) {
+        await makeBridge(podCIDR);
+        continue;
+      }
+      const noPair = /^ip (addr|link (add|set cni0|show dev cni0))\b/;
+      if (!noPair.test(error.message)) await takeBack(call, error);
       // No pair was made, and the kernel does not tell if for the pod's end.
       const [[podEnd]] = await inPod(netns, `link show dev ${ifname}`)
         .catch(({ details }) => {
@@ -200,8 +205,9 @@ async function makeVeth(call: Call, podCIDR: PodCIDR) {
         });
       if (podEnd) fail(100, `${ifname} exists already in ${netns}`, "DEL it");
       // Or is it vethN? Only now, since on a full node the list is long.
-      used = await usedNumbers(podCIDR);
+      const used = await usedNumbers(podCIDR);
       if (!used.has(n)) throw error;
+      n = await ipam.nextNumber(podCIDR, used);
     }
   }
 }
@@ -449,16 +455,9 @@ export async function run(program: string, args: string[], input = "") {
   stdin.write(new TextEncoder().encode(`${input}\n`)).then(() => stdin.close())
     .catch(() => {}); // it has ended, and its status tells why
   const late = new CNIError(100, `${program} hangs`, `30 seconds for ${input}`);
-  const { code, ...output } = await orLate(signal, late, child.output());
+  const { code, ...output } = await ipam.orLate(signal, late, child.output());
   const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes).trim();
   return { code, stdout: text(output.stdout), stderr: text(output.stderr) };
-}
-
-/** Waits until a signal; a timer would be 22 more scripts for Deno to load. */
-function orLate<T>(end: AbortSignal, late: Error, work: Promise<T>) {
-  const { promise, reject } = Promise.withResolvers<T>();
-  end.onabort = () => reject(late);
-  return Promise.race([work, promise]);
 }
 
 /** Deletes links and returns what is left; one may go by itself meanwhile. */

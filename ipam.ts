@@ -13,9 +13,6 @@
 /** Where the number given last is kept. */
 export const COUNTER = "/tmp/last_allocated_ip";
 
-/** The first number for a pod: 0 is the network, 1 the gateway. */
-const FIRST = 2;
-
 // Strict, since inet_aton(3) reads 010.1.0.0 as octal and 10.1 as 10.0.0.1.
 const PART = "(0|[1-9]\\d{0,2})";
 const CIDR = new RegExp(`^${PART}\\.${PART}\\.${PART}\\.${PART}/([1-9]\\d?)$`);
@@ -32,16 +29,19 @@ export function fail(code: number, message: string, details?: string): never {
   throw new CNIError(code, message, details);
 }
 
+/** Waits until a signal; a timer would be 22 more scripts for Deno to load. */
+export function orLate<T>(end: AbortSignal, late: Error, work: Promise<T>) {
+  const over = new Promise<T>((_, no) => end.onabort = () => no(late));
+  return Promise.race([work, over]);
+}
+
 /** A node's range of addresses. */
 export interface PodCIDR {
-  /** As written, "10.240.1.0/24". */
-  text: string;
-  /** Its first address as a number. */
-  network: number;
+  text: string; // as written, "10.240.1.0/24"
+  network: number; // its first address, as a number
   prefix: number;
   size: number;
-  /** How many pods it has addresses for. */
-  room: number;
+  room: number; // how many pods it has addresses for
 }
 
 /**
@@ -115,7 +115,10 @@ async function lockCounter(): Promise<Deno.FsFile> {
     try {
       const options = { read: true, write: true, createNew, mode: 0o600 };
       const counter = Deno.openSync(COUNTER, options);
-      if (!counter.tryLockSync(true)) await counter.lock(true);
+      if (!counter.tryLockSync(true)) {
+        const late = new CNIError(11, `${COUNTER} is locked by another ADD`);
+        await orLate(AbortSignal.timeout(60_000), late, counter.lock(true));
+      }
       // Cleaned away in between? Then the others lock a new file.
       const { ino } = Deno.lstatSync(COUNTER);
       if (counter.statSync().ino === ino) return counter;
@@ -123,6 +126,7 @@ async function lockCounter(): Promise<Deno.FsFile> {
     } catch (error) {
       const { AlreadyExists, NotFound } = Deno.errors; // another ADD's doing
       if (error instanceof AlreadyExists || error instanceof NotFound) continue;
+      if (error instanceof CNIError) throw error;
       fail(5, `Cannot open ${COUNTER}`, `${error}`);
     }
   }
@@ -137,10 +141,8 @@ async function lockCounter(): Promise<Deno.FsFile> {
  * @param used The numbers of this range that are known to be in use.
  * @throws {CNIError} 11 if that is all of them, 5 if the counter can't be used.
  */
-export async function nextNumber(
-  { text, size, room }: PodCIDR,
-  used = new Set<number>(),
-): Promise<number> {
+export async function nextNumber(podCIDR: PodCIDR, used = new Set<number>()) {
+  const { text, size, room } = podCIDR;
   if (used.size >= room) {
     const details = `all ${room} are in use, a pod must end first`;
     fail(11, `No free address in ${text}`, details);
@@ -153,7 +155,7 @@ export async function nextNumber(
   // Empty, rubbish, from a larger range: begin again.
   if (!Number.isInteger(n) || n < 1 || n > last) n = 1;
   do {
-    n = n < last ? n + 1 : FIRST;
+    n = n < last ? n + 1 : 2; // 0 is the network, 1 the gateway
   } while (used.has(n));
   const line = new TextEncoder().encode(`${n}\n`);
   try {

@@ -108,10 +108,9 @@ const KILLER =
     [ $n != $LINE ] || { sleep 0.03; kill -9 $plugin; exit; }
   done | exec ip "$@"`;
 
-/** How many lines each `ip` gets: -force is the look of ADD, the end of DEL. */
+/** How many lines each `ip` gets; the one with -force is the end of DEL. */
 const LINES: [verb: string, CALL: string, lines: number][] = [
-  ["ADD", "force", 2],
-  ["ADD", "host", 6],
+  ["ADD", "host", 9],
   ["ADD", "pod", 4],
   ["DEL", "host", 1],
   ["DEL", "force", 2],
@@ -147,7 +146,7 @@ Deno.test("GC finds what a killed ADD has left", async () => {
   const conf = { ...CONF, cniVersion: "1.1.0" };
   const gc = { ...conf, "cni.dev/valid-attachments": valid };
   const before = await node.listing();
-  for (const [CALL, LINE] of [["host", 4], ["pod", 1], ["pod", 4]] as const) {
+  for (const [CALL, LINE] of [["host", 7], ["pod", 1], ["pod", 4]] as const) {
     const pod = await node.sandbox("pod");
     await place.shim("ip", values(CALL, LINE) + KILLER);
     await node.cni("ADD", pod, { env: { PATH } });

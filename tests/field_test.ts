@@ -152,6 +152,13 @@ for (
   const [kernel, path, harm, says] of [
     ["without IPv6", "", "mount -t tmpfs tmpfs /proc/sys/net/ipv6", /^$/],
     [
+      "without second names of links", // before Linux 5.5
+      "/opt/shims:",
+      `printf '#!/bin/sh\nsed "s/^link property.*/link show dev none/" |' \
+        > /opt/shims/ip; echo "$(command -v ip)" '"$@"' >> /opt/shims/ip`,
+      /^$/,
+    ],
+    [
       "that keeps its settings",
       "/opt/shims:",
       `printf '#!/bin/sh\\necho read-only >&2; exit 1' > /opt/shims/sysctl`,

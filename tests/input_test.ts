@@ -189,10 +189,17 @@ const INPUTS: Input[] = [
       "is not for hosts": [
         ...["224.0.0.0/24", "240.0.0.0/8", "127.0.0.0/8", "0.0.0.0/8"],
       ],
+    },
+  },
+  {
+    at: "podcidr",
+    code: 7,
+    bad: {
       "overlaps what lan0 or cni0 has": [
         ...["10.99.0.0/24", "10.99.0.0/16", "10.99.0.0/30", "10.240.0.0/16"],
       ],
     },
+    isLate: true,
   },
 ];
 
@@ -216,7 +223,8 @@ async function prepare(name: string): Promise<Place> {
   await node.sh(`cd /tmp; touch file own; mkfifo fifo
     ln -s /proc/self/ns/net link; mount --bind /proc/self/ns/net own
     ip netns add taken
-    ip link add lan0 type bridge; ip addr add 10.99.0.1/24 dev lan0`);
+    ip link add lan0 type bridge; ip addr add 10.99.0.1/24 dev lan0
+    ip addr add 10.240.99.1/24 dev lan0`);
   const script = "#!/bin/sh\nprintf '\\377' | /opt/cni/bin/custom-cni\n";
   await Deno.writeTextFile(node.path("/opt/latin1"), script, { mode: 0o755 });
   return { node, pod: await node.sandbox("idle") };
