@@ -89,8 +89,8 @@ async function add(call: Call): Promise<Answer> {
   // The bridge. Where there is no counter, this is the node's first pod.
   if (!ipam.checkCounter()) await makeBridge(podCIDR);
 
-  // The number n, and the veth pair, with its host end vethN on the bridge.
-  const { bridge, hostEnd, address } = await makeVeth(call, podCIDR);
+  // The number n, and the veth pair, with the host veth vethN on the bridge.
+  const { bridge, hostVeth, address } = await makeVeth(call, podCIDR);
 
   // A name for the namespace, so that `ip netns exec CONTAINERID` works. And in
   // the pod: up, address, default route, and its MAC is read. The route is
@@ -105,7 +105,7 @@ async function add(call: Call): Promise<Answer> {
     link show dev ${ifname}`;
   const inside = deaf.then(() => inPod(netns, lines));
   await Promise.allSettled([naming, inside]); // none goes on while it is undone
-  const [[[podEnd]]] = await Promise.all([inside, naming])
+  const [[[podVeth]]] = await Promise.all([inside, naming])
     .catch((error) => takeBack(call, error));
 
   // The result: the pod's interface is the first, as in the tutorial, but for
@@ -117,8 +117,8 @@ async function add(call: Call): Promise<Answer> {
     ...previous,
     interfaces: [
       ...previous.interfaces,
-      { name: ifname, mac: podEnd.address, sandbox: netns },
-      { name: hostEnd.ifname, mac: hostEnd.address },
+      { name: ifname, mac: podVeth.address, sandbox: netns },
+      { name: hostVeth.ifname, mac: hostVeth.address },
       { name: BRIDGE, mac: bridge.address },
     ],
     ips: [...previous.ips, {
@@ -128,7 +128,7 @@ async function add(call: Call): Promise<Answer> {
     routes: [...previous.routes, { dst: "0.0.0.0/0", gw: gateway }],
     dns: conf.dns ?? previous.dns ?? {},
   };
-  return [`${address} ${hostEnd.ifname}`, result];
+  return [`${address} ${hostVeth.ifname}`, result];
 }
 
 /** Makes the bridge, or takes the one that is there, and gives it its mark. */
@@ -160,8 +160,8 @@ async function deafen(link: string, ...enter: string[]): Promise<void> {
 }
 
 /**
- * Takes the number n, and makes the veth pair: the pod's address ends in n, its
- * host end is vethN. The pod's end is born in the pod, so the node may have an
+ * Takes the number n, and makes the veth pair: the pod's address ends in n, the
+ * host veth is vethN. The pod's end is born in the pod, so the node may have an
  * eth0 of its own. Its MAC follows from the address: whoever has the address in
  * an ARP cache reaches the new pod too. Hairpin lets a pod reach itself through
  * its own Service.
@@ -176,7 +176,7 @@ async function makeVeth(call: Call, podCIDR: PodCIDR) {
     const hostMac = `address ${macOf(podIP, 0x59)}`;
     const peer = `${ifname}${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
-      const [[bridge], [hostEnd]] = await ip(`
+      const [[bridge], [hostVeth]] = await ip(`
         link show dev ${cni0}
         link set ${BRIDGE} up
         addr replace ${ipam.address(podCIDR, 1)}/${prefix} dev ${BRIDGE}
@@ -187,9 +187,9 @@ async function makeVeth(call: Call, podCIDR: PodCIDR) {
         link set veth${n} type bridge_slave hairpin on
         link show dev veth${n}`);
       // The kernel tells the peer's namespace only if it is another one.
-      const isOwn = hostEnd.link_netnsid === undefined;
+      const isOwn = hostVeth.link_netnsid === undefined;
       if (isOwn) fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
-      return { bridge, hostEnd, address: `${podIP}/${prefix}` };
+      return { bridge, hostVeth, address: `${podIP}/${prefix}` };
     } catch (error: Any) {
       if (error.message === `ip link show dev ${markOf(podCIDR)}`) {
         await makeBridge(podCIDR);
@@ -198,12 +198,12 @@ async function makeVeth(call: Call, podCIDR: PodCIDR) {
       const noPair = /^ip (addr|link (add|set cni0|show dev cni0))\b/;
       if (!noPair.test(error.message)) await takeBack(call, error);
       // No pair was made, and the kernel does not tell if for the pod's end.
-      const [[podEnd]] = await inPod(netns, `link show dev ${ifname}`)
+      const [[podVeth]] = await inPod(netns, `link show dev ${ifname}`)
         .catch(({ details }) => {
           if (!/network namespace/.test(details)) return [[]];
           return fail(4, `CNI_NETNS ${netns} is no network namespace`, details);
         });
-      if (podEnd) fail(100, `${ifname} exists already in ${netns}`, "DEL it");
+      if (podVeth) fail(100, `${ifname} exists already in ${netns}`, "DEL it");
       // Or is it vethN? Only now, since on a full node the list is long.
       const used = await usedNumbers(podCIDR);
       if (!used.has(n)) throw error;
@@ -231,7 +231,7 @@ async function del(call: Call): Promise<Answer> {
       !ifalias && ifindex === end?.link_index && link_index === end.ifindex
     );
   }
-  // With its host end go the pod's end, its address and its route.
+  // With the host veth go the pod's end, its address and its route.
   const left = await removeLinks(ours, links);
   if (name) unname(name, left);
   return [ours.map((link) => link.ifname).join(" ") || "nothing left"];
@@ -250,24 +250,24 @@ async function check(call: Call): Promise<Answer> {
   const isOurs = (it: Any) => it.dst === "0.0.0.0/0" && it.gw === gateway;
 
   const [links] = await ip("link show");
-  const hostEnd = links.find((link) => link.ifalias === alias);
+  const hostVeth = links.find((link) => link.ifalias === alias);
   const bridge = await lookAtBridge(podCIDR);
   const isNamed = !name ||
     linkTarget(name)?.endsWith(netns.replace(/^\/var\/run/, "/run"));
   const lines = `
     addr show dev ${ifname}
     route show default via ${gateway} dev ${ifname}`;
-  const [[podEnd], [route]] = await inPod(netns, lines)
+  const [[podVeth], [route]] = await inPod(netns, lines)
     .catch((): Any[][] => [[], []]);
   const expected: [isThere: unknown, what: string][] = [
-    [hostEnd?.flags.includes("UP"), `veth with alias ${alias} that is up`],
-    [hostEnd?.master === BRIDGE, `veth of it on ${BRIDGE}`],
+    [hostVeth?.flags.includes("UP"), `veth with alias ${alias} that is up`],
+    [hostVeth?.master === BRIDGE, `veth of it on ${BRIDGE}`],
     [bridge?.flags.includes("UP"), `${BRIDGE} that is up`],
     [bridge?.hasGateway, `${BRIDGE} with ${gateway}`],
     [isNamed, `name ${name} for ${netns}`],
-    [podEnd?.flags.includes("UP"), `${ifname} in ${netns} that is up`],
-    [addressesOf(podEnd).includes(address), `${ifname} with ${address}`],
-    [podEnd?.address === interfaces[index]?.mac, `${ifname} with its MAC`],
+    [podVeth?.flags.includes("UP"), `${ifname} in ${netns} that is up`],
+    [addressesOf(podVeth).includes(address), `${ifname} with ${address}`],
+    [podVeth?.address === interfaces[index]?.mac, `${ifname} with its MAC`],
     [route || !routes.some(isOurs), `default route via ${gateway}`],
   ];
   const missing = expected.flatMap(([isThere, what]) => isThere ? [] : what);
@@ -530,7 +530,7 @@ function addressesOf(link: Any): string[] {
   return link?.addr_info?.map((a: Any) => `${a.local}/${a.prefixlen}`) ?? [];
 }
 
-/** The MAC 0a:58 and the four bytes of the address; 0a:59 for its host end. */
+/** The MAC 0a:58 and the four bytes of the address; 0a:59 for the host veth. */
 function macOf(address: string, second = 0x58): string {
   const bytes = [0x0a, second, ...address.split(/[./]/, 4).map(Number)];
   return bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(":");

@@ -3,7 +3,7 @@
  *
  * As in the shell script a file in /tmp holds the number given last, and each
  * pod gets the next one: number 7 of 10.240.1.0/24 is 10.240.1.7, and its host
- * end is veth7. The file only says where to go on. Which numbers are in use
+ * veth is veth7. The file only says where to go on. Which numbers are in use
  * the kernel tells, by the veths that exist, so neither a cleaned /tmp nor a
  * crash gives an address twice or loses one.
  *
