@@ -1,29 +1,22 @@
 /**
  * node-setup: the commands that the tutorial types once on each node, so that
- * pods reach each other, the pods of other nodes, and the internet.
- *
- * The plugin wires up one pod at a time. None of this depends on a pod, so an
- * operator runs it by hand: it prints each command, and runs it unless what it
- * makes is there already. With --check it only looks at the node.
+ * pods reach each other, the pods of other nodes, and the internet. It prints
+ * each one, and runs it unless what it makes is there; --check only looks.
  *
  * @module
  */
 import { parseArgs } from "@std/cli/parse-args";
-import { existsSync } from "@std/fs/exists";
+import { expandGlobSync } from "@std/fs/expand-glob";
 import { isIPv4 } from "node:net";
 import * as plugin from "./custom-cni.ts";
 import * as ipam from "./ipam.ts";
 import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
 const HELP = `Usage: deno run -A node-setup.ts --peer IP[=CIDR] [options]
-       kubectl get nodes -o json | deno run -A node-setup.ts --nodes -
+The rules and routes that pods need; as root, on each node. Twice is once.
 
-Accepts the pods' packets in FORWARD, routes to the pods of the other nodes, and
-masquerades what leaves the cluster. As root, on each node. Twice is once.
-
-  --peer IP[=CIDR]  another node and the range of its pods; once for each. Of
-                    10.240.0.0/24 and 10.240.1.0/24 each knows the other
-  --nodes FILE      all nodes, as kubectl prints them; - is stdin
+  --peer IP[=CIDR]  each other node; =CIDR is known of the tutorial's two nodes
+  --nodes FILE      in place of it: kubectl get nodes -o json; - is stdin
   --check           only say what is wrong here, and the command that mends it
   --podcidr CIDR    the range of this node's pods, else that of the conf
   --conf FILE       the conf, else the first one in /etc/cni/net.d
@@ -38,6 +31,8 @@ masquerades what leaves the cluster. As root, on each node. Twice is once.
 Exit status: 0 well, 1 failed with nothing added or not well, 2 wrong usage`;
 
 const CONF_DIR = "/etc/cni/net.d";
+const CONFS = `${CONF_DIR}/*.{conf,conflist,json}`; // as libcni looks for them
+const BINARY = "/opt/cni/bin/custom-cni";
 const MODPROBE = "modprobe br_netfilter";
 const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
 
@@ -68,46 +63,44 @@ type Flags = ReturnType<typeof readFlags>;
 type Trouble = [what: string, mend: string];
 /** Another node, whose pods are reached through its address. */
 type Peer = { ip: string; podCIDR: PodCIDR; dev?: string };
-type Setup = { own: PodCIDR; peers: Peer[]; flags: Flags };
+type Packet = Record<string, string | PodCIDR>;
+type Setup = Awaited<ReturnType<typeof learn>>;
 
-/** The commands of the tutorial in its order, for --delete in reverse. */
-function plan({ own, peers, flags }: Setup, there: Set<string>) {
-  const nat = `POSTROUTING -s ${own.text}`;
-  // What is to keep its source leaves the chain at its head, whatever comes
-  // behind. One command for all: iptables rewrites the whole table each time.
-  const ranges = peers.map(({ podCIDR }) => podCIDR.text).filter((range) => {
-    const rule = `iptables -t nat -A ${nat} -d ${range} -j RETURN`;
-    return flags["dry-run"] || there.has(rule) === flags.delete;
-  });
-  const keep = `iptables -t nat -I ${nat} -d ${ranges} -j RETURN`;
+/** The commands to run in the tutorial's order, for --delete in reverse. */
+function plan({ own, peers, flags, there }: Setup) {
+  const nat = `iptables -t nat -A POSTROUTING -s ${own.text}`;
+  const masquerade = `${nat} ! -o ${flags.bridge} -j MASQUERADE`;
+  const isTodo = (line: string) =>
+    flags["dry-run"] || there.has(line) === flags.delete;
+  // At the chain's head, and by one command: iptables rewrites the whole table.
+  const ranges = peers.map(({ podCIDR }) => podCIDR.text)
+    .filter((range) => isTodo(`${nat} -d ${range} -j RETURN`));
+  const keep = `${nat.replace("-A", "-I")} -d ${ranges} -j RETURN`;
   const isKept = ranges.length && (flags["keep-source"] || flags.delete);
   const steps: Record<string, string[]> = {
     ip_forward: ["sysctl -w net.ipv4.ip_forward=1"],
-    // Same host: what cni0 only bridges is to be led through iptables as well,
-    // and in FORWARD Docker lets everything be dropped.
+    // Same host: what cni0 bridges is to pass FORWARD, where Docker drops all.
     bridged: [MODPROBE, "sysctl -w net.bridge.bridge-nf-call-iptables=1"],
     forward: ["-s", "-d"].map((way) =>
       `iptables -A FORWARD ${way} ${own.text} -j ACCEPT`
     ),
     // Other hosts: the network between them knows of no pods, the nodes must.
     routes: peers.map(routeTo),
-    // Internet: answers find the way to the node, not to the pod. What stays
-    // on the bridge needs no other source.
-    masquerade: [
-      ...isKept ? [keep] : [],
-      `iptables -t nat -A ${nat} ! -o ${flags.bridge} -j MASQUERADE`,
-    ],
+    // Internet: answers find the node, not the pod. On the bridge they find it.
+    masquerade: isKept ? [keep, masquerade] : [masquerade],
   };
-  if (flags.delete) there.add(keep);
   const all = flags.only.flatMap((step) =>
-    steps[step].map((line) => ({ step, line, isThere: there.has(line) }))
+    steps[step].map((line): Trouble => [STEPS[step], line])
   );
-  return flags.delete ? all.reverse() : all;
+  const todo = all.filter(([, line]) => line === keep || isTodo(line));
+  if (flags.delete) todo.reverse();
+  return { todo, rest: all.length - todo.length };
 }
 
-/** The command for the route to a peer's pods. */
+/** The command for the route to a range; to the node's own it has no hop. */
 function routeTo({ ip, podCIDR, dev }: Peer): string {
-  return `ip route add ${podCIDR.text} via ${ip}${dev ? ` dev ${dev}` : ""}`;
+  const via = ip && ` via ${ip}`;
+  return `ip route add ${podCIDR.text}${via}${dev ? ` dev ${dev}` : ""}`;
 }
 
 /** The command that takes back what a command did. */
@@ -120,28 +113,25 @@ function opposite(command: string): string {
 async function main(args: string[]): Promise<void> {
   const flags = readFlags(args);
   if (flags.help) return console.log(HELP);
-  if (!flags["dry-run"] && Deno.uid() !== 0) {
-    fail(1, "Only root may change rules and routes", "use sudo, or --dry-run");
-  }
+  const mayRun = flags["dry-run"] || Deno.uid() === 0;
+  if (!mayRun) fail(1, "Only root may change the node", "sudo, or --dry-run");
   if (flags.check) return await check(flags);
   const setup = await learn(flags);
-  const there = await look(flags);
-  const { errors, changed, rest } = await apply(setup, there);
+  const { errors, changed, rest } = await apply(setup);
   if (flags["dry-run"]) return;
   if (errors.length && !flags.delete) {
     console.log("# Failed; what was added is taken back");
-    const added = (await look(flags)).difference(there);
-    const back = { ...setup, flags: { ...flags, delete: true } };
-    errors.push(...(await apply(back, added)).errors);
+    const there = (await look(flags)).difference(setup.there);
+    const back = { ...setup, there, flags: { ...flags, delete: true } };
+    errors.push(...(await apply(back)).errors);
   }
   if (errors.length) fail(1, errors.join("\n"));
   if (flags.delete) {
     return console.log(`# ${changed} taken back, ${rest} not there`);
   }
   console.log(`# ${changed} new, ${rest} there already`);
-  for (const [what, mend] of await drops(setup)) {
-    console.error(`Warning: ${what}\n  ${mend}`);
-  }
+  const troubles = [...await drops(setup), ...await strays(setup)];
+  for (const it of troubles) console.error(`Warning: ${it.join("\n  ")}`);
 }
 
 /** Changes nothing, and says what is wrong on this node and what mends it. */
@@ -155,15 +145,25 @@ async function check(flags: Flags): Promise<void> {
   await findConf(flags.conf)
     .then((conf) => plugin.lookAtBridge(ipam.parsePodCIDR(conf.podcidr)))
     .then(() => tell("The conf and cni0 are well"), orTell);
+  const install = `install -D dist/custom-cni ${BINARY}`;
+  await plugin.run(BINARY, [])
+    .catch(() => fail(1, `${BINARY} does not start`, install))
+    .then(() => tell(`${BINARY} starts`), orTell);
   const setup = await learn(flags).catch(orTell);
   if (!setup) return;
   const { size } = await plugin.usedNumbers(setup.own);
   const counts = `${size} of ${setup.own.room} addresses are used`;
   tell(counts, size < setup.own.room ? [] : [[counts, "kubectl delete pod"]]);
-  const missing = plan(setup, await look(flags)).filter((it) => !it.isThere)
-    .map(({ step, line }): Trouble => [STEPS[step], line]);
-  tell("All rules and routes are there", missing);
+  tell("All rules and routes are there", plan(setup).todo);
   tell("No rule drops pods' packets", await drops(setup));
+  tell("No route leads pods' packets astray", await strays(setup));
+  const { mtu: sent = 1500 } = await findConf(flags.conf).catch(() => ({}));
+  const [links, routes] = await plugin.ip("link show\nroute show default");
+  const nics = [...setup.peers, ...routes].map(({ dev }) => dev);
+  const what = `The conf lets pods send ${sent} bytes at once, too many for`;
+  const narrow = links.filter((it) => nics.includes(it.ifname) && it.mtu < sent)
+    .map(({ ifname, mtu }): Trouble => [`${what} ${ifname}`, `"mtu": ${mtu}`]);
+  tell("Pods' packets fit through the NIC", narrow);
 }
 
 /** Reads the flags; throws with 2 what can't be meant. */
@@ -178,58 +178,46 @@ function readFlags(args: string[]) {
     default: { bridge: plugin.BRIDGE },
     unknown: (arg) => fail(2, `Unknown argument "${arg}"`, "see --help"),
   });
-  for (const [name, value] of Object.entries(flags)) {
-    if ([value].flat().includes("")) fail(2, `--${name} needs a value`);
-  }
+  const none = Object.entries(flags).find(([, v]) => [v].flat().includes(""));
+  if (none) fail(2, `--${none[0]} needs a value`);
   const bad = flags.only.find((step) => !CHOICE.includes(step));
   if (bad) fail(2, `--only "${bad}" is no step`, `use ${CHOICE.join(", ")}`);
-  if (!/^[^-\s][^\s/]{0,14}$/.test(flags.bridge)) {
-    fail(1, `--bridge "${flags.bridge}" is no name of a device`);
-  }
+  const isName = /^[^-\s][^\s/]{0,14}$/.test(flags.bridge);
+  if (!isName) fail(1, `--bridge "${flags.bridge}" is no name of a device`);
   const only = flags.only.length ? flags.only : [...CHOICE];
-  const peer = [...new Set(flags.peer)];
   const needsPeer = only.includes("routes") || flags["keep-source"];
-  const hasPeer = peer.length || flags.nodes || flags.help || flags.check;
-  if (needsPeer && !hasPeer) {
-    fail(2, "No other node is named", "use --peer or --nodes, see --help");
-  }
+  const hasPeer = flags.peer.length || flags.nodes || flags.help || flags.check;
+  if (needsPeer && !hasPeer) fail(2, "No peer is named", "--peer or --nodes");
   // These come first, and are not taken back: others may have come to need it.
   const others = only.includes("forward") ? ["bridged"] : [];
   if (!flags.delete) only.unshift("ip_forward", ...others);
-  return { ...flags, peer, only };
+  return { ...flags, only, peer: [...new Set(flags.peer)] };
 }
 
 /** The range of this node, and the peers that can be used. */
-async function learn(flags: Flags): Promise<Setup> {
+async function learn(flags: Flags) {
+  const there = await look(flags);
   const links = Deno.networkInterfaces().filter((it) => it.family === "IPv4");
   const names = [Deno.hostname(), ...links.map(({ address }) => address)];
   const list = flags.nodes && await readJSON(flags.nodes, "kubectl prints it");
   const { range, nodes = [] } = list ? readNodes(list, names) : {};
   const conf = flags.podcidr ? flags : await findConf(flags.conf, range);
-  if (range && conf.podcidr !== range) {
-    const what = `podcidr "${conf.podcidr}" is not the "${range}" of --nodes`;
-    fail(1, what, `the other nodes send here what is for ${range}`);
-  }
+  const what = `podcidr "${conf.podcidr}" is not the "${range}" of --nodes`;
+  if (range && conf.podcidr !== range) fail(1, what, "mend one of the two");
   const own = ipam.parsePodCIDR(conf.podcidr);
   const named = [...nodes, ...flags.peer.map((text) => parsePeer(text, own))];
-  const routes = await show("ip -oneline route show", "ip route add ");
   const oif = flags.dev ? ` oif ${flags.dev}` : "";
-  const gets = named.flatMap((it) => it.ips).map((ip) =>
-    `route get ${ip}${oif}`
-  );
-  const answers = await plugin.ip(gets.join("\n"), "-force").catch(() => []);
-  const ways = new Map<string, Any>(answers.map(([way]) => [way.dst, way]));
+  const ways = await waysTo(named.flatMap(({ ips }) => ips), oif);
   const ranges = [...links.map(({ cidr }) => cidr), own.text];
+  const routes = Map.groupBy(there, (it) => / add \D*([\d./]+)/.exec(it)?.[1]);
   const peers: Peer[] = [];
 
   /** Why a peer can't be used so, if it can't. */
   const refuse = ({ ip, podCIDR, dev }: Peer): Trouble[] => {
     const { type, gateway } = ways.get(ip) ?? {};
-    const ours = routeTo({ ip, podCIDR, dev });
     const taken = ranges.find((range) => ipam.overlaps(podCIDR, range));
-    const isOther = (it: string) =>
-      it.split(" ").includes(podCIDR.text) && !`${it} `.startsWith(`${ours} `);
-    const other = routes.find(isOther) ?? "";
+    const isThere = there.has(routeTo({ ip, podCIDR, dev }));
+    const [other = ""] = isThere ? [] : routes.get(podCIDR.text) ?? [];
     const reasons: [isSo: unknown, what: string, mend: string][] = [
       [!ways.has(ip), "can't be reached", `see: ip route get ${ip}${oif}`],
       [type === "local", "is this node", "name the other ones"],
@@ -248,10 +236,9 @@ async function learn(flags: Flags): Promise<Setup> {
     try {
       const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
       const hops = ips.map((ip) => ({ ip, podCIDR, dev: ways.get(ip)?.dev }));
-      const none: Trouble = ["No IPv4 InternalIP", "there is no way to it"];
-      const refusals = hops.map(refuse);
-      const hop = hops[refusals.findIndex((it) => !it.length)];
-      peers.push(hop ?? fail(1, ...refusals.flat()[0] ?? none));
+      const [first = fail(1, "No IPv4 InternalIP")] = hops;
+      const hop = hops.find((it) => !refuse(it).length);
+      peers.push(hop ?? fail(1, ...refuse(first)[0]));
       ranges.push(podCIDR.text);
     } catch (error) {
       // What can't be used of a list stops nobody else; what was named, does.
@@ -259,15 +246,13 @@ async function learn(flags: Flags): Promise<Setup> {
       console.error(`Skipped node "${name}": ${error.message};`, error.details);
     }
   }
-  return { own, peers, flags };
+  return { own, peers, flags, there };
 }
 
 /** Finds this node's range and the other nodes in the output of kubectl. */
 function readNodes(list: Any, mine: string[]) {
   const items: Any[] = list.kind === "Node" ? [list] : list.items;
-  if (!Array.isArray(items)) {
-    fail(1, "--nodes has no items", "kubectl get nodes -o json prints them");
-  }
+  if (!Array.isArray(items)) fail(1, "--nodes has no items", "see --help");
   const nodes = items.filter(({ kind = "Node" }) => kind === "Node")
     .map(({ metadata = {}, spec = {}, status = {} }) => {
       const { addresses = [] }: { addresses?: Any[] } = status;
@@ -283,13 +268,12 @@ function readNodes(list: Any, mine: string[]) {
   // The name is one node's only, an address may be on every machine.
   const named = nodes.filter(({ name }) => name === mine[0].toLowerCase());
   const known = nodes.filter((it) => it.known.some((at) => mine.includes(at)));
-  const [own, ...more] = named.length ? named : known;
-  if (own && !more.length) {
-    return { range: own.range, nodes: nodes.filter((node) => node !== own) };
-  }
-  const found = known.map(({ name }) => `"${name}"`).join(" and ") || "none";
-  const what = `Just one of --nodes must be this node, not ${found}`;
-  return fail(1, what, `its names are ${mine.join(", ")}`);
+  const found = named.length ? named : known;
+  const which = found.map(({ name }) => `"${name}"`).join(" and ") || "none";
+  const what = `Just one of --nodes must be this node, not ${which}`;
+  if (found.length !== 1) fail(1, what, `its names are ${mine.join(", ")}`);
+  const [own] = found;
+  return { range: own.range, nodes: nodes.filter((it) => it !== own) };
 }
 
 /** Reads the "10.0.2.14" or "10.0.2.14=10.240.1.0/24" of --peer. */
@@ -304,68 +288,69 @@ function parsePeer(text: string, own: PodCIDR) {
 
 /** What a conf says to custom-cni: the given one, or as libcni reads it. */
 async function findConf(given?: string, range?: string): Promise<Any> {
-  const all = existsSync(CONF_DIR) ? [...Deno.readDirSync(CONF_DIR)] : [];
-  const [first] = all.map(({ name }) => name).sort()
-    .filter((name) => /\.(conf|conflist|json)$/.test(name));
+  const [first] = Array.from(expandGlobSync(CONFS), ({ path }) => path).sort();
   if (!given && !first && range) return { podcidr: range };
   const none = `${CONF_DIR} has no conf ("cni plugin not initialized")`;
   const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
-  const file = given ?? `${CONF_DIR}/${first ?? fail(1, none, copy)}`;
+  const file = given ?? first ?? fail(1, none, copy);
   const conf = await readJSON(file, `vi ${file} # or use --podcidr`);
-  const { name, cniVersion, plugins } = conf;
-  const ours = (plugins ?? [conf]).find((it: Any) => it.type === "custom-cni");
+  const { name = "", cniVersion, plugins, delegates = [conf] } = conf;
+  const ours = (plugins ?? delegates).find((p: Any) => p.type === "custom-cni");
   if (given) return ours ?? conf;
-  if (file.endsWith(".conflist") === !plugins) {
-    const [is, end] = plugins ? ["list", "conflist"] : ["single conf", "conf"];
-    const mend = `mv ${file} ${file.replace(/[^.]*$/, end)}`;
-    fail(1, `${file} is a ${is}: no runtime takes it by this name`, mend);
-  }
+  const [is, end] = plugins ? ["list", "conflist"] : ["single conf", "conf"];
+  const mend = `mv ${file} ${file.replace(/[^.]*$/, end)}`;
+  const isMisread = file.endsWith(".conflist") === !plugins;
+  if (isMisread) fail(1, `${file} is a ${is}: no runtime takes it so`, mend);
   if (!ours) fail(1, `${file} comes first, for others`, `mv ${file} /root/`);
   try {
-    // libcni gives a plugin the name and the version of its list.
-    plugin.checkConf(plugins ? { ...ours, name, cniVersion } : ours);
+    // A list's name and version are its plugins', those of Multus a fallback.
+    plugin.checkConf({ ...ours, name, cniVersion, ...plugins ? {} : ours });
     return ipam.parsePodCIDR(ours.podcidr) && ours;
   } catch ({ message, details }: Any) {
     return fail(1, `${file}: ${message}`, `vi ${file} # ${details}`);
   }
 }
 
+/** The way that the kernel takes to each address, but where it refuses. */
+async function waysTo(ips: string[], oif = ""): Promise<Map<string, Any>> {
+  const lines = ips.map((ip) => `route get ${ip}${oif}`).join("\n");
+  const answers = await plugin.ip(lines, "-force").catch(() => []);
+  return new Map(answers.map(([way]) => [way.dst, way]));
+}
+
 /** Runs what is missing, or with --delete takes back what is there. */
-async function apply(setup: Setup, there: Set<string>) {
+async function apply(setup: Setup) {
   const { flags } = setup;
-  const commands = plan(setup, there);
-  const todo = commands
-    .filter(({ isThere }) => flags["dry-run"] || isThere === flags.delete)
-    .map(({ line }) => flags.delete ? opposite(line) : line);
+  const { todo, rest } = plan(setup);
+  const all = todo.map(([, line]) => flags.delete ? opposite(line) : line);
   // The routes to a thousand nodes are one process.
   const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
-  const batches = Map.groupBy(todo, (it) => it.startsWith("ip ") ? ip : it);
+  const batches = Map.groupBy(all, (it) => it.startsWith("ip ") ? ip : it);
   const errors: string[] = [];
-  let changed = todo.length;
+  let changed = 0;
   for (const [command, lines] of batches) {
-    for (const line of lines) console.log(line);
+    console.log(lines.join("\n"));
     if (flags["dry-run"]) continue;
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
     const { code, stderr } = await sh(command, input);
+    changed += code ? 0 : lines.length;
     if (!code) continue;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
     const error = `${lines[failed - 1]}: ${stderr}`;
     // The rest works without bridged packets, and not every kernel has them.
-    if (/br_netfilter|bridge-nf/.test(command)) {
-      console.error(`Warning: ${error}`);
-      changed--;
-    } else errors.push(error);
+    const isNeeded = !/br_netfilter|bridge-nf/.test(command);
+    if (isNeeded) errors.push(error);
+    else console.error(`Warning: ${error}`);
     if (errors.length && !flags.delete) break;
   }
-  return { errors, changed, rest: commands.length - todo.length };
+  return { errors, changed, rest };
 }
 
 /** What there is, each as the command that makes it. */
 async function look(flags: Flags): Promise<Set<string>> {
-  const lines: string[] = [];
-  for (const [command, prefix] of Object.entries(LISTINGS)) {
-    if (!flags["dry-run"]) lines.push(...await show(command, prefix));
-  }
+  // Only root may look at more than the routes.
+  const listings = Object.entries(LISTINGS).slice(0, flags["dry-run"] ? 1 : 4);
+  const lines = (await Array.fromAsync(listings, (it) => show(...it))).flat();
   if (lines.some((line) => line.includes("bridge-nf"))) lines.push(MODPROBE);
   // Others may keep the same route, with words of their own behind it.
   const bare = lines.map((line) => line.replace(/( dev \S+) .*/, "$1"));
@@ -377,9 +362,8 @@ async function show(command: string, prefix = ""): Promise<string[]> {
   const { code, stdout, stderr } = await sh(command);
   if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
   // A route tells the state of its link too, and sysctl wants no blanks.
-  return stdout.split("\n").map((line) =>
-    prefix + line.replace(/( dead| linkdown)+/, "").replace(" = ", "=").trim()
-  );
+  return stdout.replace(/ (dead|linkdown)| +$/gm, "").replaceAll(" = ", "=")
+    .split("\n").map((line) => prefix + line);
 }
 
 /** The rules that drop the pods' packets, also if ours are (or were) there. */
@@ -395,15 +379,31 @@ async function drops({ own, flags }: Setup): Promise<Trouble[]> {
     .map((rule) => [`iptables ${rule} drops pods' packets`, mends]);
 }
 
-type Packet = Record<string, string | PodCIDR>;
+/** The pods whose packets go elsewhere, though a route of ours is there. */
+async function strays({ own, peers, flags }: Setup): Promise<Trouble[]> {
+  const there = await look(flags);
+  const ranges = [{ ip: "", podCIDR: own, dev: flags.bridge }, ...peers]
+    .filter((range) => there.has(routeTo(range)));
+  // The kernel is asked for each address in a range at which a route begins.
+  const startOf = (it: string) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "";
+  const starts = [...new Set([...there].map(startOf))];
+  const asked = ranges.flatMap(({ ip, podCIDR, dev }) =>
+    starts.filter((to) => ipam.overlaps(podCIDR, `${to}/32`))
+      .map((to) => ({ to, hop: ip || dev }))
+  );
+  const ways = await waysTo(asked.map(({ to }) => to));
+  return asked.flatMap(({ to, hop }): Trouble[] => {
+    const { gateway, dev = "nobody" } = ways.get(to) ?? {};
+    if (hop === (gateway ?? dev)) return [];
+    const what = `Packets to ${to} go to ${gateway ?? dev}, not to ${hop}`;
+    return [[what, `ip rule; ip route show table all match ${to}`]];
+  });
+}
 
-/**
- * The rule that decides on a packet, which is given as the options that match
- * it. Rules that ask for more (-p, -m) are for a part of the packets only.
- */
+/** The rule that decides on a packet, not on a part of them only (-p, -m). */
 export function verdict(rules: string[], packet: Packet): string | undefined {
   const fits = ([, not, option, value]: string[]) => {
-    const ours = packet[option] ?? "";
+    const ours = packet[option];
     const isRange = typeof ours === "object";
     const same = isRange ? ipam.overlaps(ours, value) : ours === value;
     return ours && same !== Boolean(not);

@@ -87,6 +87,99 @@ const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
   ],
 ];
 
+/** What leads packets astray, what is said, and what takes it away again. */
+const SHADOWS: [symptom: string, fault: string, says: RegExp, mend: string][] =
+  [
+    [
+      "the node does not reach its pods: a blackhole in its own range",
+      "ip route add blackhole 10.240.0.128/25",
+      /^Packets to 10\.240\.0\.128 go to nobody, not to cni0$/,
+      "ip route del blackhole 10.240.0.128/25",
+    ],
+    [
+      "the node does not reach one pod: its address is unreachable",
+      "ip route add unreachable 10.240.0.7",
+      /^Packets to 10\.240\.0\.7 go to nobody, not to cni0$/,
+      "ip route del unreachable 10.240.0.7",
+    ],
+    [
+      "some of a peer's pods are lost: a more specific route",
+      "ip route add 10.240.1.32/27 via 10.0.2.99",
+      /^Packets to 10\.240\.1\.32 go to 10\.0\.2\.99, not to 10\.0\.2\.14$/,
+      "ip route del 10.240.1.32/27",
+    ],
+    [
+      "a peer's pods are lost: another table shadows main",
+      `ip route add default via 10.0.2.98 table 99
+        ip rule add pref 100 to 10.240.1.0/24 lookup 99`,
+      /^Packets to 10\.240\.1\.0 go to 10\.0\.2\.98, not to 10\.0\.2\.14$/,
+      "ip rule del pref 100",
+    ],
+    [
+      "a peer's pods are lost: a rule refuses them",
+      "ip rule add pref 100 to 10.240.1.0/24 unreachable",
+      /^Packets to 10\.240\.1\.0 go to nobody, not to 10\.0\.2\.14$/,
+      "ip rule del pref 100",
+    ],
+  ];
+
+for (const [symptom, fault, says, mend] of SHADOWS) {
+  Deno.test(symptom, async () => {
+    await using node = await start();
+    await node.sh(fault);
+    const [trouble, ...others] = await check(node, ...PEER);
+    assertEquals(others, []);
+    assertMatch(trouble.message, says);
+    // What is to be pasted shows what it is.
+    const shown = await node.sh(trouble.mend);
+    const [what] = /blackhole|unreachable|via 10\.0\.2\.9\d/.exec(fault)!;
+    assert(shown.includes(what), shown);
+    // A run, which finds all its routes there, warns of it.
+    const { code, stdout, stderr } = await node.run(...SCRIPT, ...PEER);
+    assertEquals([code, stdout], [0, "# 0 new, 7 there already\n"]);
+    assertEquals(stderr, `Warning: ${trouble.message}\n  ${trouble.mend}\n`);
+    await node.sh(mend);
+    assertEquals(await check(node, ...PEER), []);
+  });
+}
+
+Deno.test("before its first pod a node has no cni0, and no trouble", async () => {
+  await using node = await start();
+  await node.sh("ip link del cni0; ip route add blackhole 10.240.0.128/25");
+  assertEquals(await check(node, ...PEER), []);
+});
+
+Deno.test("large downloads hang: the NIC takes less than pods send", async () => {
+  await using node = await start();
+  await node.sh("ip link set enp0s3 mtu 1400");
+  for (const flags of [[], PEER]) {
+    const [trouble, ...others] = await check(node, ...flags);
+    assertEquals(others, []);
+    assertMatch(trouble.message, /1500 bytes at once, too many for enp0s3$/);
+    assertEquals(trouble.mend, '"mtu": 1400');
+  }
+  await node.configure({ ...CONF, mtu: 1400 });
+  assertEquals(await check(node), []);
+  // Only the way to the others counts.
+  await node.sh("ip link add thin0 mtu 1300 up type veth");
+  assertEquals(await check(node), []);
+});
+
+Deno.test("no pod starts: the plugin is missing, or may not run", async () => {
+  await using node = await start();
+  await node.sh("umount /opt/cni/bin/custom-cni");
+  const file = "/opt/cni/bin/custom-cni";
+  for (const fault of ["chmod -x", "rm"]) {
+    await node.sh(`${fault} ${file}`);
+    assertEquals(await check(node), [{
+      message: `${file} does not start`,
+      mend: `install -D dist/custom-cni ${file}`,
+    }]);
+  }
+  await node.sh(`cd ${ROOT} && install -D dist/custom-cni ${file}`);
+  assertEquals(await check(node), []);
+});
+
 for (const [symptom, fault, says, mend] of FAULTS) {
   Deno.test(symptom, async () => {
     await using node = await start();
@@ -141,6 +234,11 @@ const CONFS: [files: Record<string, unknown>, says: RegExp, mend: RegExp][] = [
     /^vi \S+1\.conf/,
   ],
   [
+    { "1.conflist": { ...LIST, name: undefined, plugins: [OURS] } },
+    /1\.conflist: name ""/,
+    /^vi \S+1\.conflist/,
+  ],
+  [
     { "1.conf": { ...CONF, cniVersion: "0.2.0" } },
     /"0\.2\.0"/,
     /^vi .*0\.3\.0/,
@@ -181,9 +279,11 @@ Deno.test("no pod starts, for a conf that no runtime or ADD takes", async () => 
 const GOOD: Record<string, unknown>[] = [
   { "1.json": CONF },
   { "1.conflist": { ...LIST, plugins: [OURS, { type: "portmap" }] } },
+  { "1.conf": { ...OTHER, type: "multus", delegates: [CONF] } },
+  { "1.conf": { ...OTHER, type: "multus", delegates: [OURS] } },
 ];
 
-Deno.test("a single conf and a list are each a conf for us", async () => {
+Deno.test("a single conf, a list, Multus: each is a conf for us", async () => {
   await using node = await start();
   for (const files of GOOD) {
     await node.sh(`rm -rf ${FOLDER}/*`);
