@@ -45,7 +45,7 @@ const PACKAGES: Record<string, string> = {
 const releaseOf = (folder: string) => folder.replace(/^ip-/, "");
 
 /** Runs a shell line with some variables, shows it, throws unless it works. */
-async function sh(line: string, env: Record<string, string> = {}) {
+export async function sh(line: string, env: Record<string, string> = {}) {
   console.log(`$ ${line}`);
   const args = ["-ec", line];
   const stderr = "inherit";
@@ -56,8 +56,17 @@ async function sh(line: string, env: Record<string, string> = {}) {
   return new TextDecoder().decode(stdout);
 }
 
-/** An apt-get that knows Debian's releases by name, and leaves no trace. */
-async function prepareApt(): Promise<string> {
+/** Where apt keeps what it needs for this; to be removed at the end. */
+export const APT = `${DEBS}/apt`;
+
+/**
+ * Makes apt-get know releases of Debian by name, and the sources of one; with
+ * the variables that it returns, and without a trace elsewhere.
+ */
+export async function prepareApt(
+  releases: string[],
+  source: string,
+): Promise<Record<string, string>> {
   const sources = await sh(
     "apt-get indextargets --format '$(REPO_URI) $(COMPONENT)' " +
       "'Created-By: Packages'",
@@ -66,37 +75,41 @@ async function prepareApt(): Promise<string> {
   const mirror = Deno.env.get("DEBIAN_MIRROR") ??
     /^(\S+\/debian\/?) main$/m.exec(sources)?.[1];
   if (!mirror) throw new Error("No Debian here? Set DEBIAN_MIRROR to a URL");
-  const folder = `${DEBS}/apt`;
-  await ensureDir(`${folder}/lists/partial`);
+  await ensureDir(`${APT}/lists/partial`);
   const keys = "signed-by=/usr/share/keyrings/debian-archive-keyring.gpg";
-  const releases = new Set(Object.keys(PACKAGES).map(releaseOf));
-  const lines = [...releases].map((release) =>
+  const lines = [...new Set(releases)].map((release) =>
     `deb [${keys}] ${mirror} ${release} main\n`
   );
-  lines.push(`deb-src [${keys}] ${mirror} forky main\n`);
-  await Deno.writeTextFile(`${folder}/sources.list`, lines.join(""));
+  lines.push(`deb-src [${keys}] ${mirror} ${source} main\n`);
+  await Deno.writeTextFile(`${APT}/sources.list`, lines.join(""));
   await Deno.writeTextFile(
-    `${folder}/apt.conf`,
-    `Dir::Etc::sourcelist "${folder}/sources.list";
+    `${APT}/apt.conf`,
+    `Dir::Etc::sourcelist "${APT}/sources.list";
 Dir::Etc::sourceparts "-";
-Dir::State::lists "${folder}/lists";
-Dir::Cache "${folder}";
+Dir::State::lists "${APT}/lists";
+Dir::Cache "${APT}";
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::Retries "3";
 `,
   );
-  return `${folder}/apt.conf`;
+  const env = { APT_CONFIG: `${APT}/apt.conf` };
+  await sh("apt-get -q update", env);
+  return env;
 }
 
-/** Downloads the packages of a folder, and unpacks them into it. */
-async function unpack(name: string, env: Record<string, string>) {
-  const folder = `${DEBS}/${name}`;
+/** Downloads packages of a release, and unpacks them into a folder. */
+export async function unpack(
+  folder: string,
+  packages: string,
+  release: string,
+  env: Record<string, string>,
+): Promise<void> {
   const draft = `${folder}.draft`;
   await emptyDir(draft);
-  const packages = PACKAGES[name].trim().split(/\s+/)
-    .map((each) => `${each}/${releaseOf(name)}`).join(" ");
-  await sh(`cd ${draft} && apt-get -q download ${packages}`, env);
+  const names = packages.trim().split(/\s+/)
+    .map((each) => `${each}/${release}`).join(" ");
+  await sh(`cd ${draft} && apt-get -q download ${names}`, env);
   await sh(`cd ${draft} && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`);
   await Deno.rename(draft, folder);
 }
@@ -142,8 +155,14 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
   await Deno.remove(`${DEBS}/trixie`, { recursive: true });
 }
 
-/** Makes an image of busybox alone, as `docker save` would write it. */
-async function buildImage(): Promise<void> {
+/**
+ * Makes images of busybox alone, as `docker save` would write them: all in one
+ * file, each with its name and the command that it runs.
+ */
+export async function buildImages(
+  tar: string,
+  commands: Record<string, string[]>,
+): Promise<void> {
   const folder = `${DEBS}/image`;
   await emptyDir(folder);
   const layer = await sh(`cd ${folder}
@@ -154,21 +173,24 @@ async function buildImage(): Promise<void> {
     done
     tar -C root --numeric-owner -cf layer.tar .
     sha256sum layer.tar`);
-  const config = {
-    architecture: Deno.build.arch === "x86_64" ? "amd64" : "arm64",
-    os: "linux",
-    config: { Env: ["PATH=/bin"], Cmd: ["sleep", "infinity"] },
-    rootfs: { type: "layers", diff_ids: [`sha256:${layer.split(" ")[0]}`] },
-  };
-  const manifest = [{
-    ...{ Config: "config.json", Layers: ["layer.tar"] },
-    RepoTags: ["localhost/box:1"],
-  }];
-  for (const [name, json] of Object.entries({ config, manifest })) {
+  const files: Record<string, unknown> = {};
+  const manifest = Object.entries(commands).map(([name, Cmd], n) => {
+    files[`config${n}`] = {
+      architecture: Deno.build.arch === "x86_64" ? "amd64" : "arm64",
+      os: "linux",
+      config: { Env: ["PATH=/bin"], Cmd },
+      rootfs: { type: "layers", diff_ids: [`sha256:${layer.split(" ")[0]}`] },
+    };
+    return {
+      ...{ Config: `config${n}.json`, Layers: ["layer.tar"] },
+      RepoTags: [name],
+    };
+  });
+  for (const [name, json] of Object.entries({ ...files, manifest })) {
     await Deno.writeTextFile(`${folder}/${name}.json`, JSON.stringify(json));
   }
-  await sh(`cd ${folder} && tar -cf ../box.draft *.json layer.tar`);
-  await Deno.rename(`${DEBS}/box.draft`, `${DEBS}/box.tar`);
+  await sh(`cd ${folder} && tar -cf ${tar}.draft *.json layer.tar`);
+  await Deno.rename(`${tar}.draft`, tar);
   await Deno.remove(folder, { recursive: true });
 }
 
@@ -184,14 +206,16 @@ if (import.meta.main) {
   }
   let env: Record<string, string> = {};
   if (folders.length || await missing("libcni")) {
-    env = { APT_CONFIG: await prepareApt() };
-    await sh("apt-get -q update", env);
+    env = await prepareApt(Object.keys(PACKAGES).map(releaseOf), "forky");
   }
-  for (const name of folders) await unpack(name, env);
+  for (const name of folders) {
+    await unpack(`${DEBS}/${name}`, PACKAGES[name], releaseOf(name), env);
+  }
   for (const release of IP_RELEASES) await writeIp(release);
   if (await missing("libcni")) await buildLibcni(env);
-  if (await missing("box.tar")) await buildImage();
-  if (await exists(`${DEBS}/apt`)) {
-    await Deno.remove(`${DEBS}/apt`, { recursive: true });
+  if (await missing("box.tar")) {
+    const box = { "localhost/box:1": ["sleep", "infinity"] };
+    await buildImages(`${DEBS}/box.tar`, box);
   }
+  if (await exists(APT)) await Deno.remove(APT, { recursive: true });
 }

@@ -1,0 +1,149 @@
+/**
+ * Makes the programs of Kubernetes 1.20.2, the last one whose source is whole
+ * in a release of Debian, in vendor/deb/kubernetes/, laid out as packages would
+ * be: etcd and kubectl are packages there, the rest is built by that release's
+ * Go. The machine stays as it is. A second run finds the work done, one after
+ * an interruption goes on. It takes a busybox
+ * that e2e/packages.ts has to fetch before.
+ *
+ *     deno run -A tests/kubernetes/programs.ts
+ *
+ * @module
+ */
+import { emptyDir } from "@std/fs/empty-dir";
+import { ensureDir } from "@std/fs/ensure-dir";
+import { exists } from "@std/fs/exists";
+import * as packages from "../e2e/packages.ts";
+import { APT, DEBS, sh } from "../e2e/packages.ts";
+
+/** The release, and what is taken from it. */
+const RELEASE = "bookworm";
+const PACKAGED = { etcd: "etcd-server", kubectl: "kubernetes-client" };
+const BUILT = [
+  ...["kubelet", "kube-proxy", "kube-scheduler"],
+  ...["kube-controller-manager", "kube-apiserver"],
+];
+const VERSION = "v1.20.2";
+
+/**
+ * In place of the images of pods.yaml there are some of busybox: its nginx
+ * tells whose request it answers.
+ */
+export const IMAGES = `${DEBS}/kubernetes/images.tar`;
+const SERVE = `mkdir -p /www/cgi-bin && cd /www/cgi-bin
+printf '#!/bin/sh\\necho; echo "%s sees $REMOTE_ADDR"\\n' $(hostname) \
+  > index.cgi
+chmod +x index.cgi && exec httpd -f -p 80 -h /www`;
+const COMMANDS = {
+  "localhost/nginx:1": ["sh", "-c", SERVE],
+  "localhost/alpine:1": ["sh"],
+};
+
+/** Where the programs end up, and where they are made. */
+const BIN = `${DEBS}/kubernetes/usr/bin`;
+const BUILD = `${DEBS}/kubernetes.build`;
+/** Before modules, Go found a program's packages by their path under GOPATH. */
+const TREE = `${BUILD}/src/k8s.io/kubernetes`;
+const COMPONENT = "k8s.io/kubernetes/vendor/k8s.io/component-base";
+
+const GO = {
+  GOROOT: `${BUILD}/go/usr/lib/go-1.19`,
+  GOPATH: BUILD,
+  GOCACHE: `${BUILD}/cache`,
+  GOTMPDIR: BUILD,
+  GO111MODULE: "off",
+  CGO_ENABLED: "0",
+};
+
+/** Go's line for one program: no cloud's code, no Docker's, no symbols. */
+const goBuild = (name: string, folder: string) =>
+  `cd ${TREE} && $GOROOT/bin/go build -tags "providerless dockerless" \
+  -ldflags "-s -w -X ${COMPONENT}/version.gitVersion=${VERSION}" \
+  -o ${BUILD}/${name} ${folder}`;
+
+/**
+ * The one file that Debian's tree lacks: the API's description of itself, out
+ * of all packages that are marked for it.
+ */
+const OPENAPI = `${
+  goBuild("openapi-gen", "./vendor/k8s.io/kube-openapi/cmd/openapi-gen")
+}
+packages=$(grep -rl --include='*.go' --exclude='*_test.go' \
+    '+k8s:openapi-gen=' staging/src/k8s.io pkg plugin |
+  grep -vE '/(testdata|tests?|sample-[^/]*|examples)/' |
+  grep -vE '/(code-generator|kube-openapi)/' |
+  xargs dirname | sort -u |
+  sed -E 's,^staging/src/,vendor/,; s,^,k8s.io/kubernetes/,' | paste -sd ,)
+PATH=$GOROOT/bin:$PATH ${BUILD}/openapi-gen -i $packages \
+  -O zz_generated.openapi -p k8s.io/kubernetes/pkg/generated/openapi \
+  --go-header-file hack/boilerplate/boilerplate.generatego.txt \
+  -r ${BUILD}/violations --output-base ${BUILD}/src`;
+
+/** Runs a shell line, in silence unless it fails. */
+async function quietly(line: string): Promise<void> {
+  const { success, stderr } = await new Deno.Command("sh", {
+    ...{ args: ["-ec", line], env: GO },
+  }).output();
+  if (success) return;
+  throw new Error(`${line}\n${new TextDecoder().decode(stderr)}`);
+}
+
+/** Builds a program, if it isn't there; says what it took. */
+async function build(name: string): Promise<void> {
+  if (await exists(`${BIN}/${name}`)) return;
+  const start = Date.now();
+  await Deno.stdout.write(new TextEncoder().encode(`${name} is built … `));
+  if (name === "kube-apiserver") await quietly(OPENAPI);
+  await quietly(goBuild(name, `./cmd/${name}`));
+  const { size } = await Deno.stat(`${BUILD}/${name}`);
+  await Deno.rename(`${BUILD}/${name}`, `${BIN}/${name}`);
+  const seconds = Math.round((Date.now() - start) / 1000);
+  console.log(`${seconds} s, ${Math.round(size / 1e6)} MB`);
+}
+
+/** Fetches the two packages, and of them only the two programs. */
+async function fetchPackaged(env: Record<string, string>): Promise<void> {
+  const folder = `${BUILD}/packages`;
+  await emptyDir(folder); // what was interrupted
+  const names = Object.values(PACKAGED).join(" ");
+  await packages.unpack(folder, names, RELEASE, env);
+  for (const name of Object.keys(PACKAGED)) {
+    await Deno.rename(`${folder}/usr/bin/${name}`, `${BIN}/${name}`);
+  }
+}
+
+/** Fetches Go and the source, and lays them out for a build. */
+async function fetchSource(env: Record<string, string>): Promise<void> {
+  const go = `${BUILD}/go`;
+  await emptyDir(go);
+  await packages.unpack(go, "golang-1.19-go golang-1.19-src", RELEASE, env);
+  await emptyDir(`${BUILD}/tree`);
+  const get = "apt-get -q source --tar-only --download-only kubernetes";
+  await sh(
+    `cd ${BUILD} && mkdir -p src/k8s.io && ${get}/${RELEASE}
+    tar --strip-components=1 -C tree -xf kubernetes_*.orig.tar.*
+    rm kubernetes_* && mv tree ${TREE}`,
+    env,
+  );
+}
+
+if (import.meta.main) {
+  const missing = async (name: string) => !await exists(`${BIN}/${name}`);
+  using lock = await Deno.open(DEBS);
+  await lock.lock(true);
+  await ensureDir(BIN);
+  await ensureDir(BUILD);
+  const toFetch = await missing("etcd") || await missing("kubectl");
+  const toBuild = [];
+  for (const name of BUILT) if (await missing(name)) toBuild.push(name);
+  const needsSource = toBuild.length > 0 && !await exists(TREE);
+  if (toFetch || needsSource) {
+    const env = await packages.prepareApt([RELEASE], RELEASE);
+    if (toFetch) await fetchPackaged(env);
+    if (needsSource) await fetchSource(env);
+    await Deno.remove(APT, { recursive: true });
+  }
+  for (const name of toBuild) await build(name);
+  if (!await exists(IMAGES)) await packages.buildImages(IMAGES, COMMANDS);
+  await Deno.remove(BUILD, { recursive: true });
+}
