@@ -48,12 +48,12 @@ export class Cluster implements AsyncDisposable {
     readonly node2: Node,
   ) {}
 
-  /** Starts the machines and lays the cables. */
-  static async start(): Promise<Cluster> {
+  /** Starts the machines and lays the cables; null leaves out the plugin. */
+  static async start(conf: typeof CONF | null = CONF): Promise<Cluster> {
     const [router, node1, node2] = await Promise.all([
       Node.start("router", null),
-      Node.start("node1", { ...CONF, podcidr: "10.240.1.0/24" }),
-      Node.start("node2", { ...CONF, podcidr: "10.240.0.0/24" }),
+      Node.start("node1", conf && { ...conf, podcidr: "10.240.1.0/24" }),
+      Node.start("node2", conf && { ...conf, podcidr: "10.240.0.0/24" }),
     ]);
     await router.sh(`
       sysctl -qw net.ipv4.ip_forward=1

@@ -4,9 +4,17 @@
  *
  * @module
  */
-import { parseArgs } from "@std/cli/parse-args";
 import { capture, Cluster, readPods, type Sighting } from "./cluster.ts";
 import { type Node, type Pod, ROOT, run } from "./lab.ts";
+import {
+  expect,
+  readFlags,
+  say,
+  show,
+  type Step,
+  untilCtrlC,
+  walk,
+} from "./walk.ts";
 
 const HELP =
   `Walks through the tutorial: two nodes, three pods, on this machine.
@@ -28,20 +36,6 @@ const SHELL = "/run/shell";
 /** The Service of nginx2, as a cluster's DNS would name it. */
 const SERVICE = "10.96.0.20";
 
-let isQuiet = false;
-let misbehaved = 0;
-
-/** Prints a paragraph. */
-function say(text: string): void {
-  if (!isQuiet) console.log(text);
-}
-
-/** Prints a command with its prompt and what it wrote. */
-function show(prompt: string, line: string, output: string): void {
-  say(`\n${prompt}# ${line}`);
-  if (output.trim()) say(output.trimEnd().replace(/^/gm, "  "));
-}
-
 /** Runs a shell line on a node, and shows it. */
 async function on(node: Node, line: string): Promise<string> {
   const { stdout, stderr } = await node.run("sh", "-c", line);
@@ -58,13 +52,6 @@ async function setup(node: Node, flags: string, status = 0): Promise<void> {
   );
   show(node.name, line, stdout + stderr);
   expect(code === status, `${line} on ${node.name}`);
-}
-
-/** Notes what did not go as it was said. */
-function expect(isSo: boolean, what: string): void {
-  if (isSo) return;
-  misbehaved++;
-  console.log(`UNEXPECTED: ${what}`);
 }
 
 /** A request from a pod or a node that must work, or fail. */
@@ -84,7 +71,7 @@ async function request(
   return stdout;
 }
 
-const STEPS: { title: string; run: (world: World) => Promise<void> }[] = [
+const STEPS: Step<World>[] = [
   { title: "Every pod gets an interface, an address and a route", run: pods },
   { title: "Pod to pod on one node: FORWARD", run: sameNode },
   { title: "Pod to pod across nodes: routes", run: acrossNodes },
@@ -378,42 +365,13 @@ async function keep({ cluster, pods }: World): Promise<void> {
     const words = pod.node.enterPod(pod, SHELL, pod.name);
     console.log(`  ${pod.name.padEnd(8)} ${words.join(" ")}`);
   }
-  console.log("\nCtrl-C here takes all of it down.");
-  await new Promise<void>((resolve) =>
-    Deno.addSignalListener("SIGINT", () => resolve())
-  );
+  await untilCtrlC();
 }
 
 if (import.meta.main) {
-  const flags = parseArgs(Deno.args, {
-    boolean: ["keep", "quiet", "help"],
-    string: ["step"],
-    unknown: (flag) => {
-      console.error(`Unknown flag ${flag}\n\n${HELP}`);
-      Deno.exit(2);
-    },
-  });
-  if (flags.help) {
-    console.log(HELP);
-    Deno.exit(0);
-  }
-  isQuiet = flags.quiet;
-  const last = Number(flags.step ?? STEPS.length);
-  if (!STEPS[last - 1]) {
-    console.error(`There is no step ${flags.step}\n\n${HELP}`);
-    Deno.exit(2);
-  }
+  const { last, keep: isKept } = readFlags(HELP, STEPS.length);
   await using cluster = await Cluster.start();
   const world: World = { cluster, pods: {} };
-  for (const [i, { title, run }] of STEPS.slice(0, last).entries()) {
-    const before = misbehaved;
-    const heading = `Step ${i + 1}. ${title}`;
-    say(`\n${heading}\n${"=".repeat(heading.length)}`);
-    await run(world);
-    if (isQuiet) {
-      console.log(`${misbehaved === before ? "ok  " : "BAD "} ${heading}`);
-    }
-  }
-  await (flags.keep ? keep(world) : end(world));
-  Deno.exitCode = misbehaved ? 1 : 0;
+  await walk(STEPS.slice(0, last), world);
+  await (isKept ? keep(world) : end(world));
 }

@@ -142,13 +142,17 @@ export class Runtimes implements AsyncDisposable {
     await this.process.status;
   }
 
+  /** The words that run a command on the node. */
+  enter(...command: string[]): string[] {
+    const namespaces = ["-n", "-m", "-u", "-p", "-C"];
+    return ["nsenter", `-t${this.#init}`, ...namespaces, "--", ...command];
+  }
+
   /** Runs a shell line on the node, whatever its status. */
   run(line: string, env: Record<string, string> = {}): Promise<Output> {
     const variables = Object.entries(env).map(([key, to]) => `${key}=${to}`);
-    return run([
-      ...["nsenter", `-t${this.#init}`, "-n", "-m", "-u", "-p", "-C", "--"],
-      ...["env", ...variables, "sh", "-c", `${JOIN}\n${line}`],
-    ]);
+    const shell = ["sh", "-c", `${JOIN}\n${line}`];
+    return run(this.enter("env", ...variables, ...shell));
   }
 
   /** Runs a shell line on the node, and throws unless it succeeds. */
@@ -275,14 +279,17 @@ const Service = await (async () => {
   return runtime.v1.RuntimeService;
 })();
 
-/** Waits for at most half a minute until something is so. */
+/** Waits for at most half a minute, or as said, until something is so. */
 export async function until(
   what: string,
   isSo: () => Promise<boolean>,
+  seconds = 30,
 ): Promise<void> {
-  const end = Date.now() + 30_000;
+  const end = Date.now() + seconds * 1000;
   while (!await isSo()) {
-    if (Date.now() > end) throw new Error(`Not within 30 seconds: ${what}`);
+    if (Date.now() > end) {
+      throw new Error(`Not within ${seconds} seconds: ${what}`);
+    }
     await new Promise((resume) => setTimeout(resume, 100));
   }
 }
