@@ -5,6 +5,7 @@
  * run finds the work done.
  *
  *     deno run -A tests/e2e/packages.ts
+ *     deno run -A tests/e2e/packages.ts bookworm    this folder alone
  *
  * @module
  */
@@ -24,14 +25,15 @@ export const IP_RELEASES = ["bullseye", "trixie", "forky"];
 const IP = `iproute2 libbpf1 libc6 libcap2 libelf1t64 libmnl0 libpcre2-8-0
     libselinux1 libzstd1 zlib1g`;
 
-/** What is taken from a release of Debian, by the folder: [ip-]RELEASE. */
+/** What is taken from a release of Debian, by the folder: [NAME-]RELEASE. */
 const PACKAGES: Record<string, string> = {
   // Debian 12: the last podman that speaks CNI, and a containerd of its time.
   bookworm: `containerd runc podman conmon crun busybox-static libgpgme11
     libsubid4 libyajl2 golang-github-containers-common
     golang-github-containers-image`,
   // The next one: the first containerd for CNI 1.1, and what a kubelet says.
-  forky: "containerd golang-k8s-cri-api-dev",
+  forky: "containerd",
+  "cri-forky": "golang-k8s-cri-api-dev",
   // Debian 13: a Go that builds libcni; it goes when that is done.
   trixie: "golang-1.24-go golang-1.24-src",
   // An `ip` with all its libraries, since those of the machine don't fit.
@@ -42,7 +44,7 @@ const PACKAGES: Record<string, string> = {
 };
 
 /** The release that a folder's packages come from. */
-const releaseOf = (folder: string) => folder.replace(/^ip-/, "");
+const releaseOf = (folder: string) => folder.replace(/^\w+-/, "");
 
 /** Runs a shell line with some variables, shows it, throws unless it works. */
 export async function sh(line: string, env: Record<string, string> = {}) {
@@ -199,20 +201,24 @@ if (import.meta.main) {
   await ensureDir(DEBS);
   using lock = await Deno.open(DEBS);
   await lock.lock(true);
+  const wanted = Deno.args.length ? Deno.args : Object.keys(PACKAGES);
+  const needsLibcni = wanted.includes("trixie") && await missing("libcni");
   const folders: string[] = [];
-  for (const name of Object.keys(PACKAGES)) {
-    const isNeeded = name !== "trixie" || await missing("libcni");
+  for (const name of wanted) {
+    const isNeeded = name !== "trixie" || needsLibcni;
     if (isNeeded && await missing(name)) folders.push(name);
   }
   let env: Record<string, string> = {};
-  if (folders.length || await missing("libcni")) {
-    env = await prepareApt(Object.keys(PACKAGES).map(releaseOf), "forky");
+  if (folders.length || needsLibcni) {
+    env = await prepareApt(wanted.map(releaseOf), "forky");
   }
   for (const name of folders) {
     await unpack(`${DEBS}/${name}`, PACKAGES[name], releaseOf(name), env);
   }
-  for (const release of IP_RELEASES) await writeIp(release);
-  if (await missing("libcni")) await buildLibcni(env);
+  for (const release of IP_RELEASES) {
+    if (wanted.includes(`ip-${release}`)) await writeIp(release);
+  }
+  if (needsLibcni) await buildLibcni(env);
   if (await missing("box.tar")) {
     const box = { "localhost/box:1": ["sleep", "infinity"] };
     await buildImages(`${DEBS}/box.tar`, box);

@@ -272,7 +272,7 @@ export class Runtimes implements AsyncDisposable {
 }
 
 const Service = await (async () => {
-  const proto = join(DEBS, "forky", API);
+  const proto = join(DEBS, "cri-forky", API);
   if (!await exists(proto)) throw new Error("First: deno task e2e");
   const definition = loadSync(proto, { keepCase: true, defaults: true });
   const { runtime } = grpc.loadPackageDefinition(definition) as Message;
