@@ -11,9 +11,10 @@
  *
  * @module
  */
-import { Cluster } from "../cluster.ts";
-import { Runtimes, until } from "../e2e/runtimes.ts";
-import { CONF, type Node, type Output, ROOT } from "../lab.ts";
+import { Cluster } from "../lab/cluster.ts";
+import { Runtimes, until } from "../runtimes/runtimes.ts";
+import { CONF, type Node, type Output } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 import { IMAGES } from "./programs.ts";
 
 const ADDRESSES = { node1: "10.0.2.14", node2: "10.0.2.15" };

@@ -3,8 +3,8 @@
  * in a release of Debian, in vendor/deb/kubernetes/, laid out as packages would
  * be: etcd and kubectl are packages there, the rest is built by that release's
  * Go. The machine stays as it is. A second run finds the work done, one after
- * an interruption goes on. It takes a busybox
- * that e2e/packages.ts has to fetch before.
+ * an interruption goes on. setup/debian.ts has to
+ * fetch a busybox before.
  *
  *     deno run -A tests/kubernetes/programs.ts
  *
@@ -13,8 +13,8 @@
 import { emptyDir } from "@std/fs/empty-dir";
 import { ensureDir } from "@std/fs/ensure-dir";
 import { exists } from "@std/fs/exists";
-import * as packages from "../e2e/packages.ts";
-import { APT, DEBS, sh } from "../e2e/packages.ts";
+import * as packages from "../setup/debian.ts";
+import { APT, DEBS, sh } from "../setup/debian.ts";
 
 /** The release, and what is taken from it. */
 const RELEASE = "bookworm";

@@ -7,8 +7,8 @@
  *
  * @module
  */
-import { readPods } from "../cluster.ts";
-import { until } from "../e2e/runtimes.ts";
+import { readPods } from "../lab/cluster.ts";
+import { until } from "../runtimes/runtimes.ts";
 import {
   expect,
   readFlags,
@@ -17,7 +17,7 @@ import {
   type Step,
   untilCtrlC,
   walk,
-} from "../walk.ts";
+} from "../lab/walk.ts";
 import { Kubernetes, type KubernetesNode } from "./cluster.ts";
 
 const HELP =

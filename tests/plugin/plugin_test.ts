@@ -11,7 +11,7 @@ import {
   assertNotEquals,
   assertRejects,
 } from "@std/assert";
-import { type Answer, CONF, Node, type Pod } from "./lab.ts";
+import { type Answer, CONF, Node, type Pod } from "../lab/node.ts";
 
 /** The tutorial's configuration with some changes. */
 const conf = (changes: Record<string, unknown>) => ({ ...CONF, ...changes });

@@ -3,7 +3,7 @@
  * that has a pod and a network of its own to lose.
  */
 import { assertEquals, assertStringIncludes } from "@std/assert";
-import { CONF, Node, type Pod } from "./lab.ts";
+import { CONF, Node, type Pod } from "../lab/node.ts";
 
 /** A part of a call, and how it can be bad. */
 interface Input {

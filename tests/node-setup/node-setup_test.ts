@@ -1,9 +1,10 @@
 /** node-setup.ts on the real tables of nodes, and what it refuses. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { parsePodCIDR } from "../ipam.ts";
-import { verdict } from "../node-setup.ts";
-import { CONF, Node, type Output, ROOT, run } from "./lab.ts";
+import { parsePodCIDR } from "../../ipam.ts";
+import { verdict } from "../../node-setup.ts";
+import { CONF, Node, type Output, run } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 import SHAPES from "./nodes.json" with { type: "json" };
 
 const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];

@@ -6,7 +6,7 @@
  * @module
  */
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
-import { type Answer, CONF, Node, type Pod } from "./lab.ts";
+import { type Answer, CONF, Node, type Pod } from "../lab/node.ts";
 
 type Added = Pod & Answer;
 

@@ -4,15 +4,15 @@
  * stays as it is: apt gets lists of its own, and nothing is installed. A second
  * run finds the work done.
  *
- *     deno run -A tests/e2e/packages.ts
- *     deno run -A tests/e2e/packages.ts bookworm    this folder alone
+ *     deno run -A tests/setup/debian.ts
+ *     deno run -A tests/setup/debian.ts bookworm    this folder alone
  *
  * @module
  */
 import { emptyDir } from "@std/fs/empty-dir";
 import { ensureDir } from "@std/fs/ensure-dir";
 import { exists } from "@std/fs/exists";
-import { ROOT } from "../lab.ts";
+import { ROOT } from "./root.ts";
 
 /** Where they lie, in a folder each. */
 export const DEBS = `${ROOT}vendor/deb`;
@@ -145,7 +145,7 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
   const go = `${DEBS}/trixie/usr/lib/go-1.24`;
   await sh(
     `cd ${folder} && mkdir -p gc ../libcni.draft
-    cp ${ROOT}tests/e2e/gc.go gc
+    cp ${ROOT}tests/setup/gc.go gc
     ${go}/bin/go build -o ../libcni.draft ./cnitool ./gc`,
     {
       ...{ GOROOT: go, GOCACHE: `${folder}/cache`, CGO_ENABLED: "0" },

@@ -2,16 +2,17 @@
  * The plugin with the `ip` of other releases of Debian: its own tests, each run
  * with that one first on the PATH, of the plugin and of the lab alike.
  *
- *     deno test -A tests/e2e/ip.ts
+ *     deno test -A tests/runtimes/ip.ts
  *
  * @module
  */
 import { assertEquals } from "@std/assert";
-import { ROOT, run } from "../lab.ts";
-import { IP_RELEASES, ipFolder } from "./packages.ts";
+import { run } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
+import { IP_RELEASES, ipFolder } from "../setup/debian.ts";
 
 const TESTS = ["plugin", "museum", "conformance"]
-  .map((name) => `${ROOT}tests/${name}_test.ts`);
+  .map((name) => `${ROOT}tests/plugin/${name}_test.ts`);
 
 for (const release of IP_RELEASES) {
   const PATH = `${ipFolder(release)}:${Deno.env.get("PATH")}`;

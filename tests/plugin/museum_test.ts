@@ -12,7 +12,7 @@ import {
   assertMatch,
   assertNotEquals,
 } from "@std/assert";
-import { CONF, Node } from "./lab.ts";
+import { CONF, Node } from "../lab/node.ts";
 
 Deno.test("a failed step is not reported as a success", async () => {
   await using node = await Node.start("node1");

@@ -2,7 +2,7 @@
 // deno-lint-ignore-file no-explicit-any -- what plugins and `ip` answer
 import { assertEquals, assertObjectMatch } from "@std/assert";
 import { type Row, TABLE, VERSIONS } from "./conformance.ts";
-import { Node } from "./lab.ts";
+import { Node } from "../lab/node.ts";
 
 /** A program that the rows are sent to. */
 interface Plugin {

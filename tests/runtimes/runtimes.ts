@@ -11,8 +11,8 @@ import * as grpc from "npm:@grpc/grpc-js@1.13.4";
 import { loadSync } from "npm:@grpc/proto-loader@0.7.15";
 import { exists } from "@std/fs/exists";
 import { join } from "@std/path/posix/join";
-import { Node, type Output, run } from "../lab.ts";
-import { DEBS } from "./packages.ts";
+import { Node, type Output, run } from "../lab/node.ts";
+import { DEBS } from "../setup/debian.ts";
 
 const API = "usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto";
 const SOCKET = "/run/containerd/containerd.sock";

@@ -10,8 +10,8 @@
  * @module
  */
 import { join } from "@std/path/posix/join";
+import { ROOT } from "../setup/root.ts";
 
-export const ROOT = new URL("..", import.meta.url).pathname;
 export const BINARY = join(ROOT, "dist/custom-cni");
 export const CONF = JSON.parse(
   Deno.readTextFileSync(join(ROOT, "10-custom-cni.conf")),

@@ -1,10 +1,11 @@
 /** The tutorial behaves as it says, and the machine stays as it was. */
 import { assert, assertEquals, assertStringIncludes } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { ROOT, run } from "./lab.ts";
+import { run } from "./node.ts";
+import { ROOT } from "../setup/root.ts";
 
 const TUTORIAL = [
-  ...[Deno.execPath(), "run", "-A", join(ROOT, "tests/tutorial.ts")],
+  ...[Deno.execPath(), "run", "-A", join(ROOT, "tests/lab/tutorial.ts")],
 ];
 
 /** What the lab could leave on the machine. */

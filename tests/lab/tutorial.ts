@@ -5,7 +5,8 @@
  * @module
  */
 import { capture, Cluster, readPods, type Sighting } from "./cluster.ts";
-import { type Node, type Pod, ROOT, run } from "./lab.ts";
+import { type Node, type Pod, run } from "./node.ts";
+import { ROOT } from "../setup/root.ts";
 import {
   expect,
   readFlags,

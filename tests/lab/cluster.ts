@@ -12,7 +12,8 @@
  * @module
  */
 import { join } from "@std/path/posix/join";
-import { CONF, Node, ROOT, run } from "./lab.ts";
+import { CONF, Node, run } from "./node.ts";
+import { ROOT } from "../setup/root.ts";
 
 /** What a capture saw: one packet at one interface. */
 export interface Sighting {

@@ -2,13 +2,13 @@
  * Other programs that call CNI plugins, each in its own way: cnitool (libcni
  * itself, with plugins after ours too), containerd's `ctr`, and podman.
  *
- *     deno test -A tests/e2e/tools.ts
+ *     deno test -A tests/runtimes/tools.ts
  *
  * @module
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { CONF, Node } from "../lab.ts";
-import { DEBS } from "./packages.ts";
+import { CONF, Node } from "../lab/node.ts";
+import { DEBS } from "../setup/debian.ts";
 import { IMAGE, inOrder, machine, Runtimes, until } from "./runtimes.ts";
 
 const before = await machine();

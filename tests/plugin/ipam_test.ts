@@ -1,6 +1,6 @@
 /** The arithmetic of `ipam.ts`. */
 import { assertEquals, assertThrows } from "@std/assert";
-import { address, CNIError, overlaps, parsePodCIDR } from "../ipam.ts";
+import { address, CNIError, overlaps, parsePodCIDR } from "../../ipam.ts";
 
 const GOOD: Record<string, [prefix: number, first: string, last: string]> = {
   "10.240.1.0/24": [24, "10.240.1.0", "10.240.1.255"],

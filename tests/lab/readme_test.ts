@@ -2,17 +2,17 @@
  * The README and the lab say the same: what stands behind a prompt is typed in
  * the lab that the README tells to open, and must answer as the README has it.
  *
- *     deno run -A tests/readme_test.ts # writes the lab's answers into it
+ *     deno run -A tests/lab/readme_test.ts # writes the lab's answers into it
  *
  * @module
  */
 import { assert, assertEquals } from "@std/assert";
 import { existsSync } from "@std/fs/exists";
 import { join } from "@std/path/posix/join";
-import { ROOT } from "./lab.ts";
+import { ROOT } from "../setup/root.ts";
 
 const README = join(ROOT, "README.md");
-const LAB = ["run", "-A", join(ROOT, "tests/tutorial.ts")];
+const LAB = ["run", "-A", join(ROOT, "tests/lab/tutorial.ts")];
 const END = "-- end of an answer --";
 
 /** A shell in the lab: what is typed there, line by line, and answered. */

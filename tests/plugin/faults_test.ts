@@ -6,7 +6,8 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { type Answer, CONF, Node, type Pod, ROOT, run } from "./lab.ts";
+import { type Answer, CONF, Node, type Pod, run } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 
 /** How often: for CI, and for an hour of rest. */
 const SIZE = Deno.env.has("SOAK")

@@ -2,13 +2,14 @@
  * containerd, called over its socket as a kubelet calls it: the tutorial's pods
  * as sandboxes with containers, on two nodes that each have a containerd.
  *
- *     deno test -A tests/e2e/cri.ts
+ *     deno test -A tests/runtimes/cri.ts
  *
  * @module
  */
 import { assert, assertEquals, assertRejects } from "@std/assert";
-import { Cluster, readPods } from "../cluster.ts";
-import { CONF, ROOT } from "../lab.ts";
+import { Cluster, readPods } from "../lab/cluster.ts";
+import { CONF } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 import { inOrder, machine, type Message, Runtimes, until } from "./runtimes.ts";
 
 const before = await machine();

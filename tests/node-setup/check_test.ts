@@ -1,7 +1,8 @@
 /** node-setup.ts --check: what an operator can't see, each by its symptom. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { CONF, Node, ROOT } from "./lab.ts";
+import { CONF, Node } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 
 const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
 const PEER = ["--peer", "10.0.2.14"];

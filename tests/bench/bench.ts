@@ -12,7 +12,8 @@
  */
 import { parseArgs } from "@std/cli/parse-args";
 import { join } from "@std/path/posix/join";
-import { CONF, Node, ROOT, run } from "./lab.ts";
+import { CONF, Node, run } from "../lab/node.ts";
+import { ROOT } from "../setup/root.ts";
 
 /** Something that can be called as a plugin. */
 interface Plugin {

@@ -4,9 +4,9 @@
  * and this script does nothing. A second run finds the work done and leaves
  * the network alone.
  *
- *     deno run -A tests/offline.ts std      the @std modules
- *     deno run -A tests/offline.ts denort   what `deno compile` builds upon
- *     deno run -A tests/offline.ts tools    ip, iptables and the like
+ *     deno run -A tests/setup/npm.ts std      the @std modules
+ *     deno run -A tests/setup/npm.ts denort   what `deno compile` builds upon
+ *     deno run -A tests/setup/npm.ts tools    ip, iptables and the like
  *
  * It imports nothing that Deno would have to fetch, since it runs before
  * anything can be fetched. What it downloads lies in vendor/, and the runtime
@@ -493,7 +493,7 @@ function cleanUp(): void {
 }
 
 if (import.meta.main) {
-  Deno.chdir(`${import.meta.dirname}/..`);
+  Deno.chdir(`${import.meta.dirname}/../..`);
   Deno.mkdirSync("vendor", { recursive: true });
   // A second run waits here and then finds the work done. The kernel ends the
   // lock with the process, whatever ends that.

@@ -7,7 +7,7 @@
  * @module
  */
 // deno-lint-ignore-file no-explicit-any -- an answer may hold any JSON
-import type { Pod } from "./lab.ts";
+import type { Pod } from "../lab/node.ts";
 
 /** The versions that the rows are about. */
 export const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
