@@ -362,7 +362,7 @@ async function show(command: string, prefix = ""): Promise<string[]> {
   const { code, stdout, stderr } = await sh(command);
   if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
   // A route tells the state of its link too, and sysctl wants no blanks.
-  return stdout.replace(/ (dead|linkdown)| +$/gm, "").replaceAll(" = ", "=")
+  return stdout.replace(/ (dead|linkdown)\b| +$/gm, "").replaceAll(" = ", "=")
     .split("\n").map((line) => prefix + line);
 }
 
