@@ -12,7 +12,7 @@
  * @module
  */
 import { join } from "@std/path/posix/join";
-import { CONF, Node, run } from "./node.ts";
+import { CONF, hear, Node, run } from "./node.ts";
 import { ROOT } from "../setup/root.ts";
 
 /** What a capture saw: one packet at one interface. */
@@ -117,14 +117,7 @@ export async function capture(
         stderr: "piped",
         signal: AbortSignal.timeout(60_000),
       }).spawn();
-      const reader = child.stderr.getReader();
-      let said = "";
-      while (!said.includes("listening on")) {
-        const { value, done } = await reader.read();
-        if (done) throw new Error(`tcpdump in ${place}: ${said}`);
-        said += new TextDecoder().decode(value);
-      }
-      reader.releaseLock();
+      await hear(child.stderr, "listening on");
       return { place, child };
     }),
   );

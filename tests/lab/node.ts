@@ -13,6 +13,9 @@ import { join } from "@std/path/posix/join";
 import { ROOT } from "../setup/root.ts";
 
 export const BINARY = join(ROOT, "dist/custom-cni");
+export const NODE_SETUP = [
+  ...[Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")],
+];
 export const CONF = JSON.parse(
   Deno.readTextFileSync(join(ROOT, "10-custom-cni.conf")),
 );
@@ -46,6 +49,19 @@ export interface Pod {
   containerID: string;
   netns: string;
 }
+
+/** The tutorial's configuration with some changes. */
+export const conf = (changes: Record<string, unknown>) => ({
+  ...CONF,
+  ...changes,
+});
+
+/** What an ADD answered: the pod's address, without its prefix. */
+export const addressOf = ({ json }: Answer): string =>
+  json.ips[0].address.split("/")[0];
+
+/** What an ADD answered: the host veth of the pod. */
+export const vethOf = ({ json }: Answer): string => json.interfaces[1].name;
 
 /** Runs a command for at most two minutes. */
 export async function run(
@@ -85,6 +101,22 @@ export async function run(
     stdout: decoder.decode(stdout),
     stderr: decoder.decode(stderr),
   };
+}
+
+/** Reads what a program writes until it says some words, and returns all. */
+export async function hear(
+  stream: ReadableStream<Uint8Array>,
+  words: string,
+): Promise<string> {
+  const reader = stream.getReader();
+  let said = "";
+  while (!said.includes(words)) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error(`It ended before it said "${words}": ${said}`);
+    said += new TextDecoder().decode(value);
+  }
+  reader.releaseLock();
+  return said;
 }
 
 /**
@@ -154,12 +186,7 @@ export class Node implements AsyncDisposable {
       stderr: "inherit",
     }).spawn();
     const node = new Node(name, process);
-    const reader = process.stdout.getReader();
-    const { value } = await reader.read();
-    reader.releaseLock();
-    if (!new TextDecoder().decode(value).includes("ready")) {
-      throw new Error(`${name} does not start; are you root?`);
-    }
+    await hear(process.stdout, "ready");
     if (conf) await node.configure(conf);
     return node;
   }

@@ -10,6 +10,7 @@ import { assert, assertEquals } from "@std/assert";
 import { existsSync } from "@std/fs/exists";
 import { join } from "@std/path/posix/join";
 import { ROOT } from "../setup/root.ts";
+import { hear } from "./node.ts";
 
 const README = join(ROOT, "README.md");
 const LAB = ["run", "-A", join(ROOT, "tests/lab/tutorial.ts")];
@@ -58,13 +59,7 @@ async function openLab() {
     args: [...LAB, "--step", "1", "--keep", "--quiet"],
     stdout: "piped",
   }).spawn();
-  let said = "";
-  const reader = lab.stdout.pipeThrough(new TextDecoderStream()).getReader();
-  while (!said.includes("Ctrl-C")) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error(`The lab does not stay:\n${said}`);
-    said += value;
-  }
+  const said = await hear(lab.stdout, "Ctrl-C");
   const places = said.matchAll(/^ {2}(\S+) +(nsenter .*)$/gm);
   const shells = new Map(
     Array.from(places, ([, name, words]) => [name, new Shell(words)]),
@@ -72,7 +67,7 @@ async function openLab() {
   const close = async () => {
     for (const shell of shells.values()) await shell[Symbol.asyncDispose]();
     lab.kill("SIGINT");
-    await reader.cancel();
+    await lab.stdout.cancel();
     await lab.status;
   };
   return { shells, [Symbol.asyncDispose]: close };

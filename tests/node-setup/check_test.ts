@@ -1,10 +1,8 @@
 /** node-setup.ts --check: what an operator can't see, each by its symptom. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { join } from "@std/path/posix/join";
-import { CONF, Node } from "../lab/node.ts";
+import { CONF, Node, NODE_SETUP } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
-const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
 const PEER = ["--peer", "10.0.2.14"];
 const FOLDER = "/etc/cni/net.d";
 
@@ -17,14 +15,14 @@ async function start(): Promise<Node> {
     ip route add default via 10.0.2.2
     ip link add cni0 up type bridge
     ip addr add 10.240.0.1/24 dev cni0`);
-  await node.sh(`${SCRIPT.join(" ")} ${PEER.join(" ")}`);
+  await node.sh(`${NODE_SETUP.join(" ")} ${PEER.join(" ")}`);
   return node;
 }
 
 /** What is wrong, with the command that mends each. */
 async function check(node: Node, ...flags: string[]) {
   const { code, stdout, stderr } = await node.run(
-    ...SCRIPT,
+    ...NODE_SETUP,
     "--check",
     ...flags,
   );
@@ -136,7 +134,7 @@ for (const [symptom, fault, says, mend] of SHADOWS) {
     const [what] = /blackhole|unreachable|via 10\.0\.2\.9\d/.exec(fault)!;
     assert(shown.includes(what), shown);
     // A run, which finds all its routes there, warns of it.
-    const { code, stdout, stderr } = await node.run(...SCRIPT, ...PEER);
+    const { code, stdout, stderr } = await node.run(...NODE_SETUP, ...PEER);
     assertEquals([code, stdout], [0, "# 0 new, 7 there already\n"]);
     assertEquals(stderr, `Warning: ${trouble.message}\n  ${trouble.mend}\n`);
     await node.sh(mend);
@@ -303,7 +301,7 @@ async function write(node: Node, files: Record<string, unknown>) {
 Deno.test("iptables' own warning of legacy tables is shown", async () => {
   await using node = await start();
   await node.sh("iptables-legacy -P FORWARD DROP");
-  const { code, stderr } = await node.run(...SCRIPT, ...PEER);
+  const { code, stderr } = await node.run(...NODE_SETUP, ...PEER);
   assertEquals(code, 0);
   assertMatch(stderr, /^# Warning: iptables-legacy tables present/m);
 });
@@ -321,7 +319,7 @@ exec /usr/sbin/sysctl "$@"\\n' > /opt/shims/sysctl
     chmod +x /opt/shims/*`);
   const path = `PATH=/opt/shims:${Deno.env.get("PATH")}`;
   const { code, stdout, stderr } = await node.run(
-    ...["env", path, ...SCRIPT, ...PEER],
+    ...["env", path, ...NODE_SETUP, ...PEER],
   );
   assertEquals(code, 0);
   assertMatch(stdout, /# 0 new, 5 there already\n$/);
@@ -334,9 +332,9 @@ exec /usr/sbin/sysctl "$@"\\n' > /opt/shims/sysctl
 Deno.test("--delete leaves br_netfilter on; a run turns it on", async () => {
   await using node = await start();
   await node.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0");
-  const stdout = await node.sh(`${SCRIPT.join(" ")} --only forward`);
+  const stdout = await node.sh(`${NODE_SETUP.join(" ")} --only forward`);
   assertMatch(stdout, /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/m);
-  await node.sh(`${SCRIPT.join(" ")} ${PEER.join(" ")} --delete`);
+  await node.sh(`${NODE_SETUP.join(" ")} ${PEER.join(" ")} --delete`);
   const now = await node.sh("sysctl -n net.bridge.bridge-nf-call-iptables");
   assertEquals(now, "1");
 });

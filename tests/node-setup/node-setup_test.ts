@@ -3,11 +3,10 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
 import { parsePodCIDR } from "../../ipam.ts";
 import { verdict } from "../../node-setup.ts";
-import { CONF, Node, type Output, run } from "../lab/node.ts";
+import { CONF, Node, NODE_SETUP, type Output, run } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 import SHAPES from "./nodes.json" with { type: "json" };
 
-const SCRIPT = [Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")];
 const PATH = Deno.env.get("PATH")!;
 const PEER = "--peer 10.0.2.14";
 const THIRD = "--peer 10.0.2.16=10.240.2.0/24";
@@ -29,7 +28,7 @@ async function start(): Promise<Node> {
 
 /** Runs node-setup.ts on a node, with other programs first in the PATH. */
 function setup(node: Node, flags: string, stdin = ""): Promise<Output> {
-  const words = [...SCRIPT, ...flags.split(" ").filter(Boolean)];
+  const words = [...NODE_SETUP, ...flags.split(" ").filter(Boolean)];
   return run(node.enter("env", `PATH=/opt/shims:${PATH}`, ...words), { stdin });
 }
 
@@ -171,7 +170,7 @@ Deno.test("node-setup.ts --dry-run prints, and changes nothing", async () => {
 const lines = (list: string[]) => list.join("\n") + "\n";
 
 Deno.test("node-setup.ts --help tells of each flag", async () => {
-  const { code, stdout } = await run([...SCRIPT, "--help"]);
+  const { code, stdout } = await run([...NODE_SETUP, "--help"]);
   assertEquals(code, 0);
   for (
     const flag of [
@@ -237,7 +236,7 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
   await using node = await start();
   const before = await tables(node);
   const user = (flags: string) =>
-    run(node.enter("unshare", "-U", ...SCRIPT, ...flags.split(" ")));
+    run(node.enter("unshare", "-U", ...NODE_SETUP, ...flags.split(" ")));
   const { code, stderr } = await user(PEER);
   assertEquals(code, 1);
   assertMatch(stderr, /^Error: Only root .*--dry-run/s);
@@ -248,7 +247,7 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
     const others = tools.filter((tool) => tool !== missing).join(" ");
     await node.sh(`rm -rf /opt/tools; mkdir /opt/tools
       for t in ${others}; do ln -s $(command -v $t) /opt/tools; done`);
-    const words = ["env", "PATH=/opt/tools", ...SCRIPT, ...PEER.split(" ")];
+    const words = ["env", "PATH=/opt/tools", ...NODE_SETUP, ...PEER.split(" ")];
     const { code, stderr } = await node.run(...words);
     assertEquals(code, 1);
     assertMatch(stderr, new RegExp(`^Error: ${missing} is not on the PATH`));

@@ -6,17 +6,20 @@
  * @module
  */
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
-import { type Answer, CONF, Node, type Pod } from "../lab/node.ts";
+import {
+  addressOf,
+  type Answer,
+  conf,
+  Node,
+  type Pod,
+  vethOf,
+} from "../lab/node.ts";
 
 type Added = Pod & Answer;
 
-const conf = (changes: Record<string, unknown>) => ({ ...CONF, ...changes });
 const CONF_1_1 = conf({ cniVersion: "1.1.0" });
 
-const addressOf = ({ json }: Answer): string =>
-  json.ips[0].address.split("/")[0];
 const macOf = ({ json }: Answer): string => json.interfaces[0].mac;
-const vethOf = ({ json }: Answer): string => json.interfaces[1].name;
 
 const log = (node: Node) => node.sh("cat /var/log/cni.log");
 

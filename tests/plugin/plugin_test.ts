@@ -1,6 +1,6 @@
 /**
  * What the plugin does to the kernel: the built binary on real namespaces,
- * with real packets. Each test has a node of its own (see lab.ts).
+ * with real packets. Each test has a node of its own (see lab/node.ts).
  *
  * @module
  */
@@ -11,17 +11,17 @@ import {
   assertNotEquals,
   assertRejects,
 } from "@std/assert";
-import { type Answer, CONF, Node, type Pod } from "../lab/node.ts";
+import {
+  addressOf,
+  type Answer,
+  conf,
+  Node,
+  type Pod,
+  vethOf,
+} from "../lab/node.ts";
 
-/** The tutorial's configuration with some changes. */
-const conf = (changes: Record<string, unknown>) => ({ ...CONF, ...changes });
-
-/** The address that ADD answered, with its prefix and without. */
+/** The address that ADD answered, with its prefix. */
 const cidrOf = ({ json }: Answer): string => json.ips[0].address;
-const addressOf = (answer: Answer) => cidrOf(answer).split("/")[0];
-
-/** The host's end of a pod, as ADD answered it. */
-const vethOf = ({ json }: Answer): string => json.interfaces[1].name;
 
 /** A packet there and back, from a pod or from the node; throws if it's lost. */
 function ping(node: Node, to: string, from?: Pod, wait = 5): Promise<string> {

@@ -9,8 +9,9 @@
 import { assert, assertEquals, assertRejects } from "@std/assert";
 import { Cluster, readPods } from "../lab/cluster.ts";
 import { CONF } from "../lab/node.ts";
+import { machine } from "../lab/machine.ts";
 import { ROOT } from "../setup/root.ts";
-import { inOrder, machine, type Message, Runtimes, until } from "./runtimes.ts";
+import { inOrder, type Message, Runtimes, until } from "./runtimes.ts";
 
 const before = await machine();
 const CONF_FILE = "/etc/cni/net.d/10-custom-cni.conf";

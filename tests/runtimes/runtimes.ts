@@ -11,7 +11,7 @@ import * as grpc from "npm:@grpc/grpc-js@1.13.4";
 import { loadSync } from "npm:@grpc/proto-loader@0.7.15";
 import { exists } from "@std/fs/exists";
 import { join } from "@std/path/posix/join";
-import { Node, type Output, run } from "../lab/node.ts";
+import { hear, Node, type Output, run } from "../lab/node.ts";
 import { DEBS } from "../setup/debian.ts";
 
 const API = "usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto";
@@ -117,12 +117,7 @@ export class Runtimes implements AsyncDisposable {
     const process = new Deno.Command(program, {
       ...{ args, stdin: "piped", stdout: "piped", stderr: "inherit" },
     }).spawn();
-    const reader = process.stdout.getReader();
-    const { value } = await reader.read();
-    reader.releaseLock();
-    if (!new TextDecoder().decode(value).includes("ready")) {
-      throw new Error(`The runtimes of ${node.name} do not start`);
-    }
+    await hear(process.stdout, "ready");
     // The child of `unshare`, the first process in the namespaces.
     const children = async (pid: number | string) => {
       const path = `/proc/${pid}/task/${pid}/children`;
@@ -292,23 +287,6 @@ export async function until(
     }
     await new Promise((resume) => setTimeout(resume, 100));
   }
-}
-
-/** What the tests could change on the machine itself, as text to compare. */
-export async function machine(): Promise<string> {
-  const { stdout } = await run([
-    "sh",
-    "-c",
-    `
-    ip -br link; ip -br addr | grep -v '^veth'; ip route; ip netns
-    iptables-save | grep -v '^[#:]'; tc qdisc show
-    find /etc /opt -xdev -printf '%p %M %s %t\\n' | sort
-    ls -d /run/* /var/lib/* /var/log/* /tmp/last_* 2> /dev/null |
-      grep -E 'cni|contain|libpod|crun|runc|netns|background|last_'
-    find /sys/fs/cgroup -type d -name 'custom-cni-*'
-    cut -d' ' -f2,3 /proc/mounts`,
-  ]);
-  return stdout;
 }
 
 /** Steps that build upon each other: none follows one that failed. */

@@ -8,8 +8,9 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { CONF, Node } from "../lab/node.ts";
+import { machine } from "../lab/machine.ts";
 import { DEBS } from "../setup/debian.ts";
-import { IMAGE, inOrder, machine, Runtimes, until } from "./runtimes.ts";
+import { IMAGE, inOrder, Runtimes, until } from "./runtimes.ts";
 
 const before = await machine();
 const PLUGINS = "/opt/cni/bin:/usr/lib/cni";
