@@ -22,7 +22,7 @@ const PODS = "10.240.0.0/16"; // of all nodes, each gets a /24 of it
 const SERVICES = "10.96.0.0/16";
 const KUBECONFIG = "/etc/kubernetes/admin.conf";
 
-/** What who types on a node has; HOME, since kubectl keeps a cache there. */
+/** What a shell on a node knows; HOME is where kubectl keeps its cache. */
 const ENV = {
   KUBECONFIG,
   HOME: "/run/home",
@@ -30,9 +30,9 @@ const ENV = {
 };
 
 /** The daemons and their flags, in the order in which they start. */
-const CONTROL_PLANE = {
+const FLAGS = {
   etcd: "--data-dir=/var/lib/etcd",
-  // The token is who asks, and may do all. The key of the certificate that the
+  // Whoever has the token may do all. The key of the certificate that the
   // apiserver makes for itself signs the service accounts' tokens as well.
   // Without InternalIP `kubectl exec` looks for the node's name in DNS.
   "kube-apiserver": `--etcd-servers=http://127.0.0.1:2379 --secure-port=6443
@@ -49,16 +49,14 @@ const CONTROL_PLANE = {
     --service-cluster-ip-range=${SERVICES}
     --service-account-private-key-file=/run/kubernetes/apiserver.key`,
   "kube-scheduler": `--kubeconfig=${KUBECONFIG} --leader-elect=false`,
-};
-const OF_A_NODE = {
+  // These run on every node.
   kubelet: `--kubeconfig=${KUBECONFIG} --config=/etc/kubernetes/kubelet.json
     --container-runtime=remote --node-ip=$IP
     --container-runtime-endpoint=unix:///run/containerd/containerd.sock`,
-  // The number of connections is the whole machine's: it is left as it is.
+  // How many connections are tracked is a setting of the whole machine: as is.
   "kube-proxy": `--kubeconfig=${KUBECONFIG} --proxy-mode=iptables
     --cluster-cidr=${PODS} --conntrack-max-per-core=0 --oom-score-adj=0`,
 };
-const FLAGS = { ...CONTROL_PLANE, ...OF_A_NODE };
 
 /** A program of Kubernetes, as it runs on a node. */
 export type Daemon = keyof typeof FLAGS;
@@ -78,7 +76,8 @@ const FILES = {
       },
     }],
   }),
-  // Of the cgroups and of what eviction looks at, most is the machine's.
+  // The node has no cgroups but those of its pods, and the disk is the
+  // machine's: a kubelet that finds it full is not to end pods.
   "kubelet.json": JSON.stringify({
     apiVersion: "kubelet.config.k8s.io/v1beta1",
     kind: "KubeletConfiguration",
@@ -237,7 +236,15 @@ export class Kubernetes implements AsyncDisposable {
 
   /** Waits for at most two minutes until kubectl answers so. */
   async until(line: string, isSo: (stdout: string) => boolean): Promise<void> {
-    const asked = async () => isSo((await this.kubectl(line)).stdout);
-    await until(`kubectl ${line}`, asked, 120);
+    let last = "";
+    const asked = async () => {
+      const { stdout, stderr } = await this.kubectl(line);
+      last = stdout + stderr;
+      return isSo(stdout);
+    };
+    await until(`kubectl ${line}`, asked, 120).catch(async ({ message }) => {
+      const { stdout } = await this.node1.run("tail -n 3 /var/log/*.log");
+      throw new Error([message, last, stdout].join("\n"));
+    });
   }
 }

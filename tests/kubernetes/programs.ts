@@ -3,8 +3,7 @@
  * in a release of Debian, in vendor/deb/kubernetes/, laid out as packages would
  * be: etcd and kubectl are packages there, the rest is built by that release's
  * Go. The machine stays as it is. A second run finds the work done, one after
- * an interruption goes on. setup/debian.ts has to
- * fetch a busybox before.
+ * an interruption goes on. setup/debian.ts comes first, for a busybox.
  *
  *     deno run -A tests/kubernetes/programs.ts
  *
@@ -33,7 +32,7 @@ export const IMAGES = `${DEBS}/kubernetes/images.tar`;
 const SERVE = `mkdir -p /www/cgi-bin && cd /www/cgi-bin
 printf '#!/bin/sh\\necho; echo "%s sees $REMOTE_ADDR"\\n' $(hostname) \
   > index.cgi
-chmod +x index.cgi && exec httpd -f -p 80 -h /www`;
+chmod +x index.cgi && exec httpd -f -p 0.0.0.0:80 -h /www`;
 const COMMANDS = {
   "localhost/nginx:1": ["sh", "-c", SERVE],
   "localhost/alpine:1": ["sh"],
@@ -88,9 +87,8 @@ async function quietly(line: string): Promise<void> {
   throw new Error(`${line}\n${new TextDecoder().decode(stderr)}`);
 }
 
-/** Builds a program, if it isn't there; says what it took. */
+/** Builds a program, and says what it took. */
 async function build(name: string): Promise<void> {
-  if (await exists(`${BIN}/${name}`)) return;
   const start = Date.now();
   await Deno.stdout.write(new TextEncoder().encode(`${name} is built … `));
   if (name === "kube-apiserver") await quietly(OPENAPI);

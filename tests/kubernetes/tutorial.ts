@@ -21,7 +21,7 @@ import {
 import { Kubernetes, type KubernetesNode } from "./cluster.ts";
 
 const HELP =
-  `Walks through the tutorial on a real Kubernetes of two nodes, on this machine.
+  `Walks through the tutorial on a real Kubernetes: two nodes, on this machine.
 
   --step N   stop after step N (1 to 6)
   --keep     leave the cluster standing at the end, until Ctrl-C
@@ -83,8 +83,8 @@ const STEPS: Step<World>[] = [
 async function nodes({ kubernetes, started, figures }: World): Promise<void> {
   const { node1, node2 } = kubernetes;
   say(`
-On node1 there is the control plane, and on both nodes a containerd, a kubelet
-and a kube-proxy. The kubelets have registered their nodes, and say what lacks.`);
+The control plane is on node1, and on both nodes there are a containerd, a
+kubelet and a kube-proxy. The kubelets have registered their nodes, and wait.`);
   const before = await type(node1, "kubectl get nodes");
   expect(before.match(/NotReady/g)?.length === 2, "both nodes are not ready");
   const words = await type(
@@ -95,10 +95,8 @@ and a kube-proxy. The kubelets have registered their nodes, and say what lacks.`
   say(`
 The plugin and its conf, on each node, as the README has it. The podcidr is the
 range that Kubernetes gave to the node.`);
-  await type(
-    node1,
-    "kubectl get nodes -o custom-columns=NAME:.metadata.name,CIDR:.spec.podCIDR",
-  );
+  const columns = "custom-columns=NAME:.metadata.name,CIDR:.spec.podCIDR";
+  await type(node1, `kubectl get nodes -o ${columns}`);
   for (
     const [node, conf] of [
       [node2, "cp 10-custom-cni.conf"],
@@ -126,18 +124,14 @@ how its node is.`);
 async function pods({ kubernetes, addresses, figures }: World): Promise<void> {
   const { node1, node2 } = kubernetes;
   say(`
-There are no pods yet. Those of pods.yaml come with other images, as no registry
-is in reach: both are busybox, and its nginx says whose request it answers.`);
+There are no pods yet. Those of pods.yaml get other images, since this needs no
+registry: both are busybox, and its nginx says whose request it answers.`);
   await type(node1, "kubectl exec alpine1 -- true", "fails");
   const started = Date.now();
-  await type(
-    node1,
-    "sed 's,image: .*,&:1,; s,image: ,&localhost/,' pods.yaml | kubectl apply -f -",
-  );
-  await type(
-    node1,
-    "kubectl wait --for=condition=Ready pod --all --timeout=60s",
-  );
+  const images = "sed 's,image: .*,&:1,; s,image: ,&localhost/,' pods.yaml";
+  await type(node1, `${images} | kubectl apply -f -`);
+  const ready = "kubectl wait --for=condition=Ready pod --all --timeout=60s";
+  await type(node1, ready);
   figures.push(`${since(started)} from there to running pods`);
   await type(node1, "kubectl get pods -o wide");
   for (const { name } of await readPods()) {
@@ -173,9 +167,9 @@ async function setup({ kubernetes }: World, flags = ""): Promise<void> {
 /** Step 3: why a bridge alone is not enough. */
 async function sameNode(world: World): Promise<void> {
   say(`
-alpine1 asks nginx1 on its own node, nginx2 on the other, and the internet, which
-is ${INTERNET} here. FORWARD drops all of it, also between two pods on one bridge;
-what kube-proxy and the kubelet have added does not concern it.`);
+alpine1 asks nginx1 on its own node, nginx2 on the other, and the internet, for
+which ${INTERNET} stands. FORWARD drops all of it, also between two pods on one
+bridge: the rules that kube-proxy has added accept only what is its own.`);
   await type(world.kubernetes.node2, "iptables -S FORWARD");
   await ask(world, "fails", "fails", "fails");
   say(`
@@ -198,7 +192,7 @@ nginx1 answers. Now each node learns where the other's pods are.`);
 async function internet(world: World): Promise<void> {
   say(`
 nginx2 answers as well. The internet has no way back to a pod's address, so the
-node's is put in its place: the whole of node-setup.ts, as an operator runs it.`);
+node's takes its place. This is all of node-setup.ts, as an operator runs it.`);
   await setup(world);
   await ask(world, "works", "works", "works");
 }
@@ -224,8 +218,8 @@ A Service finds its pods by their labels, and nginx2 has none yet.`);
     await until(`kube-proxy of ${node.name} knows nginx2`, isThere);
   }
   say(`
-kube-proxy has written rules that turn that address and port 8000 into nginx2's
-address and port 80, on both nodes. Nothing is added for it: pods and nodes reach
+On both nodes kube-proxy has written rules that turn that address and its port
+8000 into nginx2's own and port 80. Nothing else is needed: pods and nodes reach
 it, and so does nginx2 itself.`);
   for (const from of ["alpine1", "nginx1", "nginx2", "node1", "node2"]) {
     const seen = await request(kubernetes, from, `${ip}:8000`);

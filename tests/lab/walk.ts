@@ -1,6 +1,6 @@
 /**
- * How a walk through the tutorial is told: in paragraphs, with commands and
- * what they wrote, step by step; and it is noted what did not go as it was said.
+ * How a walk through the tutorial is told: step by step, in paragraphs, with
+ * commands and what they wrote. What does not go as it was said is noted.
  *
  * @module
  */
