@@ -15,7 +15,6 @@ import { Cluster } from "../lab/cluster.ts";
 import { Runtimes, until } from "../runtimes/runtimes.ts";
 import { CONF, type Node, type Output } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
-import { IMAGES } from "./programs.ts";
 
 const ADDRESSES = { node1: "10.0.2.14", node2: "10.0.2.15" };
 const PODS = "10.240.0.0/16"; // of all nodes, each gets a /24 of it
@@ -106,6 +105,11 @@ for key in vm/overcommit_memory vm/panic_on_oom kernel/panic \
   mount --bind /run/sys/$key $key
 done`;
 
+/** Where containerd looks for what pods call nginx and alpine. */
+const REGISTRY = `
+[plugins."io.containerd.grpc.v1.cri".registry.mirrors."docker.io"]
+  endpoint = ["http://10.0.2.2:5000"]`;
+
 /** A node with containerd, and with the daemons that are started on it. */
 export class KubernetesNode {
   private constructor(readonly runtimes: Runtimes) {}
@@ -115,14 +119,14 @@ export class KubernetesNode {
     const runtimes = await Runtimes.on(lab, ["kubernetes", "bookworm"]);
     const node = new KubernetesNode(runtimes);
     await node.sh(`${SETTINGS}
+      echo '${REGISTRY}' >> /run/containerd.toml
       mkdir -p /etc/kubernetes /run/home
       sed -i '2i export KUBECONFIG=${KUBECONFIG} HOME=${ENV.HOME}' /run/shell`);
     for (const [name, text] of Object.entries(FILES)) {
       await Deno.writeTextFile(node.path(`/etc/kubernetes/${name}`), text);
     }
     await runtimes.startContainerd();
-    await runtimes.loadImage("k8s.io");
-    await node.sh(`ctr -n k8s.io images import ${IMAGES}`);
+    await runtimes.loadImage("k8s.io"); // that of every sandbox
     return node;
   }
 
@@ -184,6 +188,10 @@ export class Kubernetes implements AsyncDisposable {
   /** Starts it, without a network: the nodes are there, and not ready. */
   static async start(): Promise<Kubernetes> {
     const lab = await Cluster.start(null);
+    const registry = `${Deno.execPath()} run -A tests/kubernetes/registry.ts`;
+    await lab.router.sh(`cd ${ROOT}
+      sh -c 'echo $$ >> /run/background; exec ${registry}' \
+        > /run/registry.log 2>&1 &`);
     const machines = [lab.node1, lab.node2];
     const [node1, node2] = await Promise.all(
       machines.map((machine) => KubernetesNode.on(machine)),

@@ -3,7 +3,7 @@
  * in a release of Debian, in vendor/deb/kubernetes/, laid out as packages would
  * be: etcd and kubectl are packages there, the rest is built by that release's
  * Go. The machine stays as it is. A second run finds the work done, one after
- * an interruption goes on. setup/debian.ts comes first, for a busybox.
+ * an interruption goes on.
  *
  *     deno run -A tests/kubernetes/programs.ts
  *
@@ -23,20 +23,6 @@ const BUILT = [
   ...["kube-controller-manager", "kube-apiserver"],
 ];
 const VERSION = "v1.20.2";
-
-/**
- * In place of the images of pods.yaml there are some of busybox: its nginx
- * tells whose request it answers.
- */
-export const IMAGES = `${DEBS}/kubernetes/images.tar`;
-const SERVE = `mkdir -p /www/cgi-bin && cd /www/cgi-bin
-printf '#!/bin/sh\\necho; echo "%s sees $REMOTE_ADDR"\\n' $(hostname) \
-  > index.cgi
-chmod +x index.cgi && exec httpd -f -p 0.0.0.0:80 -h /www`;
-const COMMANDS = {
-  "localhost/nginx:1": ["sh", "-c", SERVE],
-  "localhost/alpine:1": ["sh"],
-};
 
 /** Where the programs end up, and where they are made. */
 const BIN = `${DEBS}/kubernetes/usr/bin`;
@@ -142,6 +128,5 @@ if (import.meta.main) {
     await Deno.remove(APT, { recursive: true });
   }
   for (const name of toBuild) await build(name);
-  if (!await exists(IMAGES)) await packages.buildImages(IMAGES, COMMANDS);
   await Deno.remove(BUILD, { recursive: true });
 }

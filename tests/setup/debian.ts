@@ -157,14 +157,8 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
   await Deno.remove(`${DEBS}/trixie`, { recursive: true });
 }
 
-/**
- * Makes images of busybox alone, as `docker save` would write them: all in one
- * file, each with its name and the command that it runs.
- */
-export async function buildImages(
-  tar: string,
-  commands: Record<string, string[]>,
-): Promise<void> {
+/** Makes an image of busybox alone, as `docker save` would write it. */
+async function buildImage(): Promise<void> {
   const folder = `${DEBS}/image`;
   await emptyDir(folder);
   const layer = await sh(`cd ${folder}
@@ -175,24 +169,21 @@ export async function buildImages(
     done
     tar -C root --numeric-owner -cf layer.tar .
     sha256sum layer.tar`);
-  const files: Record<string, unknown> = {};
-  const manifest = Object.entries(commands).map(([name, Cmd], n) => {
-    files[`config${n}`] = {
-      architecture: Deno.build.arch === "x86_64" ? "amd64" : "arm64",
-      os: "linux",
-      config: { Env: ["PATH=/bin"], Cmd },
-      rootfs: { type: "layers", diff_ids: [`sha256:${layer.split(" ")[0]}`] },
-    };
-    return {
-      ...{ Config: `config${n}.json`, Layers: ["layer.tar"] },
-      RepoTags: [name],
-    };
-  });
-  for (const [name, json] of Object.entries({ ...files, manifest })) {
+  const config = {
+    architecture: Deno.build.arch === "x86_64" ? "amd64" : "arm64",
+    os: "linux",
+    config: { Env: ["PATH=/bin"], Cmd: ["sleep", "infinity"] },
+    rootfs: { type: "layers", diff_ids: [`sha256:${layer.split(" ")[0]}`] },
+  };
+  const manifest = [{
+    ...{ Config: "config.json", Layers: ["layer.tar"] },
+    RepoTags: ["localhost/box:1"],
+  }];
+  for (const [name, json] of Object.entries({ config, manifest })) {
     await Deno.writeTextFile(`${folder}/${name}.json`, JSON.stringify(json));
   }
-  await sh(`cd ${folder} && tar -cf ${tar}.draft *.json layer.tar`);
-  await Deno.rename(`${tar}.draft`, tar);
+  await sh(`cd ${folder} && tar -cf ../box.draft *.json layer.tar`);
+  await Deno.rename(`${DEBS}/box.draft`, `${DEBS}/box.tar`);
   await Deno.remove(folder, { recursive: true });
 }
 
@@ -219,9 +210,6 @@ if (import.meta.main) {
     if (wanted.includes(`ip-${release}`)) await writeIp(release);
   }
   if (needsLibcni) await buildLibcni(env);
-  if (await missing("box.tar")) {
-    const box = { "localhost/box:1": ["sleep", "infinity"] };
-    await buildImages(`${DEBS}/box.tar`, box);
-  }
+  if (await missing("box.tar")) await buildImage();
   if (await exists(APT)) await Deno.remove(APT, { recursive: true });
 }
