@@ -1,0 +1,325 @@
+/**
+ * What a cluster does to its plugin: programs are killed, a node reboots, is
+ * full or has a broken conf, pods come and go. After each of it every pod
+ * reaches every other one, no address is given twice, and nothing is left of
+ * the pods that ended.
+ *
+ *     deno test -A tests/kubernetes/faults.ts
+ *
+ * @module
+ */
+import { assert, assertEquals, assertStringIncludes } from "@std/assert";
+import { machine } from "../lab/machine.ts";
+import { inOrder, type Message, until } from "../runtimes/runtimes.ts";
+import { ROOT } from "../setup/root.ts";
+import { Kubernetes, type KubernetesNode } from "./cluster.ts";
+
+const before = await machine();
+const README = await Deno.readTextFile(`${ROOT}README.md`);
+const CONF = "/etc/cni/net.d/10-custom-cni.conf";
+const SETUP = "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
+
+/** Pods that answer, all on one node; they end at once. */
+const deployment = (node: string, name = node) => ({
+  apiVersion: "apps/v1",
+  kind: "Deployment",
+  metadata: { name },
+  spec: {
+    replicas: 0,
+    selector: { matchLabels: { app: name } },
+    template: {
+      metadata: { labels: { app: name } },
+      spec: {
+        nodeSelector: { "kubernetes.io/hostname": node },
+        terminationGracePeriodSeconds: 0,
+        containers: [{ name: "nginx", image: "nginx" }],
+      },
+    },
+  },
+});
+
+/** A pod whose only container ends with an error, again and again. */
+const CRASHING = {
+  apiVersion: "v1",
+  kind: "Pod",
+  metadata: { name: "crashing" },
+  spec: {
+    nodeSelector: { "kubernetes.io/hostname": "node2" },
+    terminationGracePeriodSeconds: 0,
+    containers: [{ name: "alpine", image: "alpine", command: ["false"] }],
+  },
+};
+
+/** The cluster as its tests ask and change it. */
+class World {
+  constructor(readonly kubernetes: Kubernetes, readonly cniVersion: string) {}
+
+  /** Runs kubectl, and throws unless it succeeds. */
+  kubectl(line: string): Promise<string> {
+    return this.kubernetes.node1.sh(`kubectl ${line}`);
+  }
+
+  apply(...objects: unknown[]): Promise<string> {
+    const items = { apiVersion: "v1", kind: "List", items: objects };
+    return this.kubectl(`apply -f - << 'END'\n${JSON.stringify(items)}\nEND`);
+  }
+
+  scale(name: string, replicas: number): Promise<string> {
+    return this.kubectl(`scale deployment ${name} --replicas=${replicas}`);
+  }
+
+  /** Writes a node's conf, with some keys in place of those it has. */
+  configure(node: KubernetesNode, keys: Record<string, unknown> = {}) {
+    const { podCIDR: podcidr } = node;
+    return node.install({ podcidr, cniVersion: this.cniVersion, ...keys });
+  }
+
+  /** Some keys of node2's conf, while something happens, and then the old. */
+  async withConf(keys: Record<string, unknown>, action: () => Promise<void>) {
+    await this.configure(this.kubernetes.node2, keys);
+    await action();
+    await this.configure(this.kubernetes.node2);
+  }
+
+  async pods(): Promise<Message[]> {
+    return JSON.parse(await this.kubectl("get pods -o json")).items;
+  }
+
+  /** Waits until a pod that does not start says why. */
+  async complains(words: string): Promise<void> {
+    const find = "get events --field-selector=reason=FailedCreatePodSandBox";
+    const says = async () => (await this.kubectl(find)).includes(words);
+    await until(`an event says: ${words}`, says, 120);
+  }
+
+  /** Waits until so many pods are ready, and no others are there. */
+  async ready(count: number): Promise<Message[]> {
+    let pods: Message[] = [];
+    const isReady = ({ metadata, status }: Message) =>
+      !metadata.deletionTimestamp && status.podIP &&
+      status.containerStatuses?.every((it: Message) => it.ready);
+    await until(`${count} pods are ready`, async () => {
+      pods = await this.pods();
+      return pods.length === count && pods.every(isReady);
+    }, 180);
+    return pods;
+  }
+
+  /** All is well: the pods reach each other, and nothing else is there. */
+  async well(count: number): Promise<void> {
+    const pods = await this.ready(count);
+    const addresses = pods.map(({ status }) => status.podIP);
+    assertEquals(new Set(addresses).size, count, `${addresses}`);
+    const asking = `for ip in ${addresses.join(" ")}; do
+      timeout 5 wget -qO /dev/null http://$ip/ || echo $ip; done`;
+    for (const { metadata: { name } } of pods) {
+      // A kubelet that has just lost containerd refuses an exec at first.
+      await until(`${name} may be asked`, async () => {
+        const line = `exec ${name} -- sh -c '${asking}'`;
+        const { code, stdout } = await this.kubernetes.kubectl(line);
+        assertEquals(stdout, "", `${name} does not reach all`);
+        return code === 0;
+      });
+    }
+    for (const node of this.kubernetes.nodes) {
+      const here = pods.filter(({ spec }) => spec.nodeName === node.name);
+      const look = `ip -br link show master cni0 | wc -l
+        find /var/run/netns -type l 2> /dev/null | wc -l`;
+      const expected = `${here.length}\n${here.length}`;
+      const isSo = async () => await node.sh(look) === expected;
+      await until(`${node.name} has a veth and a name a pod`, isSo, 120);
+    }
+  }
+
+  /** What a reboot takes from a node, and what comes up after it. */
+  async reboot(node: KubernetesNode): Promise<void> {
+    await node.sh(`
+      for pid in $(cd /proc && ls -d [0-9]*); do # but what holds the node
+        case "$pid $(cat /proc/$pid/comm)" in
+          "1 "*|"$$ "*|*" cat") ;;
+          *) kill -9 $pid 2> /dev/null || : ;;
+        esac
+      done
+      sleep 0.5
+      for name in /run/netns/*; do umount $name 2> /dev/null || :; done
+      mount | grep -oE ' /run/containerd/\\S+' | xargs -r umount -l
+      rm -rf /run/netns /run/containerd /run/*.pid /tmp/*
+      mount | grep -oE ' /var/lib/kubelet/pods/\\S+' | xargs -r umount -l
+      ip link del cni0
+      ip route flush proto boot scope global root 10.240.0.0/16
+      iptables-save -t filter | grep -- ' FORWARD .*10.240' || :
+      for table in filter nat mangle; do
+        iptables -t $table -F; iptables -t $table -X
+      done
+      sysctl -qw net.ipv4.ip_forward=0
+      ! ip -br link show type veth | grep '^veth'`);
+    await node.runtimes.startContainerd();
+    await node.start("kubelet");
+    await node.start("kube-proxy");
+    await node.sh(SETUP); // as the README's unit does
+  }
+
+  /** Waits until so many pods of node2 have had a container start again. */
+  async restarted(count: number): Promise<void> {
+    await until(`${count} containers are started again`, async () => {
+      const pods = await this.pods();
+      return pods.filter(({ spec, status }) =>
+        spec.nodeName === "node2" &&
+        status.containerStatuses?.[0].restartCount > 0
+      ).length === count;
+    }, 120);
+  }
+}
+
+/** What happens to the cluster, in this order, and the pods it has then. */
+const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
+  [
+    ["pods start", 4, async (world) => {
+      const { nodes } = world.kubernetes;
+      for (const node of nodes) await world.configure(node);
+      await world.apply(deployment("node1"), deployment("node2"));
+      for (const { name } of nodes) await world.scale(name, 2);
+      for (const node of nodes) await node.sh(SETUP);
+    }],
+    ["a kubelet is killed and started", 5, async (world) => {
+      const { node2 } = world.kubernetes;
+      await node2.kill("kubelet");
+      await world.scale("node2", 3);
+      await node2.start("kubelet");
+    }],
+    ["containerd is killed and started", 4, async (world) => {
+      const { node2 } = world.kubernetes;
+      await node2.runtimes.killContainerd();
+      await world.scale("node2", 2);
+      await node2.runtimes.startContainerd();
+    }],
+    ["a node reboots", 4, async (world) => {
+      await world.reboot(world.kubernetes.node2);
+      await world.restarted(2);
+    }],
+    ["twenty pods start at once", 22, async (world) => {
+      await world.scale("node2", 20);
+    }],
+    ["a Deployment is scaled 0-10-0 five times", 2, async (world) => {
+      for (let i = 0; i < 5; i++) {
+        await world.scale("node2", 0);
+        await world.ready(2);
+        await world.scale("node2", 10);
+        await world.ready(12);
+      }
+      await world.scale("node2", 0);
+    }],
+    ["a node is full, until pods end", 15, async (world) => {
+      const { node2 } = world.kubernetes;
+      await world.ready(2);
+      await node2.sh("ip link del cni0");
+      await world.withConf({ podcidr: "10.240.0.0/28" }, async () => {
+        await world.apply(deployment("node2", "more"));
+        await world.scale("node2", 10);
+        await world.scale("more", 6);
+        await world.complains("No free address in 10.240.0.0/28");
+        await world.scale("node2", 7);
+        await world.well(15);
+      });
+    }],
+    ["and has its range again", 4, async (world) => {
+      const { node2 } = world.kubernetes;
+      await world.kubectl("delete deployment more");
+      await world.scale("node2", 0);
+      await world.ready(2);
+      await node2.sh("ip link del cni0");
+      await world.scale("node2", 2);
+    }],
+    ["a container crashes again and again", 4, async (world) => {
+      await world.apply(CRASHING);
+      await until(
+        "it is in CrashLoopBackOff",
+        async () =>
+          (await world.kubectl("get pod crashing")).includes(
+            "CrashLoopBackOff",
+          ),
+        120,
+      );
+      await world.kubectl("delete pod crashing");
+    }],
+    ["a sandbox ends, and comes again", 4, async (world) => {
+      const { runtimes } = world.kubernetes.node2;
+      const { items } = await runtimes.cri("ListPodSandbox", {
+        filter: { label_selector: { app: "node2" } },
+      });
+      await runtimes.cri("StopPodSandbox", { pod_sandbox_id: items[0].id });
+      await world.restarted(1);
+    }],
+    ["the plugin is replaced while pods start", 12, async (world) => {
+      const { node2 } = world.kubernetes;
+      await world.scale("node2", 10);
+      for (let i = 0; i < 10; i++) await world.configure(node2);
+    }],
+    ["a conf is broken in between", 12, async (world) => {
+      const { node2 } = world.kubernetes;
+      await world.withConf({ podcidr: "10.240.0.0/33" }, async () => {
+        await world.kubectl("delete pod -l app=node2 --wait=false");
+        await world.complains('plugin type="custom-cni" failed (add): podcidr');
+      });
+      await world.ready(12);
+      await node2.sh(`echo '{' > ${CONF}`);
+      await world.kubectl("delete pod -l app=node2 --wait=false");
+      await world.configure(node2);
+    }],
+    ["the README quotes what is said", 4, async (world) => {
+      const { node2 } = world.kubernetes;
+      await world.scale("node2", 1);
+      await world.ready(3);
+      const quoted = async (words: string) => {
+        assertStringIncludes(
+          README,
+          words.replaceAll(/ in path.*| is ".*/g, ""),
+        );
+        await world.complains(words);
+      };
+      await node2.sh("mv /opt/cni/bin/custom-cni /run/");
+      await world.scale("node2", 2);
+      await quoted('failed to find plugin "custom-cni" in path [/opt/cni/bin]');
+      await node2.sh("mv /opt/cni/bin/loopback /run/");
+      await quoted('failed to find plugin "loopback" in path');
+      await node2.sh("mv /run/loopback /run/custom-cni /opt/cni/bin/");
+      await world.ready(4);
+      await world.scale("node2", 1);
+      await world.ready(3);
+      await world.withConf({ cniVersion: "9.9.9" }, async () => {
+        await world.scale("node2", 2);
+        await quoted('incompatible CNI versions; config is "9.9.9"');
+      });
+    }],
+    ["all pods end", 0, async (world) => {
+      await world.kubectl("delete deployment --all");
+    }],
+  ];
+
+for (const cniVersion of ["0.3.1", "1.0.0"]) {
+  Deno.test({
+    name: `a real Kubernetes harms no pod, with CNI ${cniVersion}`,
+    // What is left open is the client's; it ends with the nodes.
+    sanitizeOps: false,
+    sanitizeResources: false,
+    fn: async (t) => {
+      const step = inOrder(t);
+      await using kubernetes = await Kubernetes.start();
+      const world = new World(kubernetes, cniVersion);
+      for (const [what, count, run] of FAULTS) {
+        await step(what, async () => {
+          await run(world);
+          await world.well(count);
+        });
+      }
+      for (const { runtimes } of kubernetes.nodes) {
+        assertEquals(await runtimes.leftovers(), []);
+      }
+    },
+  });
+}
+
+Deno.test("the machine is as it was", async () => {
+  assert(before);
+  assertEquals(await machine(), before);
+});
