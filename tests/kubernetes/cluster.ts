@@ -18,6 +18,8 @@ import { ROOT } from "../setup/root.ts";
 
 const ADDRESSES = { node1: "10.0.2.14", node2: "10.0.2.15" };
 const PODS = "10.240.0.0/16"; // of all nodes, each gets a /24 of it
+// The allocator of ranges skips one where the machine is busy: let none be left.
+const TWO_NODES = "10.240.0.0/23";
 const SERVICES = "10.96.0.0/16";
 const KUBECONFIG = "/etc/kubernetes/admin.conf";
 
@@ -44,7 +46,7 @@ const FLAGS = {
     --disable-admission-plugins=ServiceAccount
     --kubelet-preferred-address-types=InternalIP`,
   "kube-controller-manager": `--kubeconfig=${KUBECONFIG} --leader-elect=false
-    --allocate-node-cidrs --cluster-cidr=${PODS}
+    --allocate-node-cidrs --cluster-cidr=${TWO_NODES}
     --service-cluster-ip-range=${SERVICES}
     --service-account-private-key-file=/run/kubernetes/apiserver.key`,
   "kube-scheduler": `--kubeconfig=${KUBECONFIG} --leader-elect=false`,

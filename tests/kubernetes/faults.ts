@@ -279,9 +279,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       await node2.sh("mv /opt/cni/bin/custom-cni /run/");
       await world.scale("node2", 2);
       await quoted('failed to find plugin "custom-cni" in path [', BIN);
-      await node2.sh(`cd ${BIN} && mv /run/custom-cni . && mv loopback /run/`);
-      await quoted('failed to find plugin "loopback"', ` in path [${BIN}`);
-      await node2.sh(`mv /run/loopback ${BIN}`);
+      await node2.sh(`mv /run/custom-cni ${BIN}`);
       await world.ready(4);
       await world.scale("node2", 1);
       await world.ready(3);
@@ -295,7 +293,14 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
     }],
   ];
 
-for (const cniVersion of ["0.3.1", "1.0.0"]) {
+/** With the tutorial's version all of it, with the other the short ones. */
+const SHORT = /^(pods start|a kubelet|containerd|a node reboots|twenty|all)/;
+const RUNS = {
+  "0.3.1": FAULTS,
+  "1.0.0": FAULTS.filter(([it]) => SHORT.test(it)),
+};
+
+for (const [cniVersion, faults] of Object.entries(RUNS)) {
   Deno.test({
     name: `a real Kubernetes harms no pod, with CNI ${cniVersion}`,
     // What is left open is the client's; it ends with the nodes.
@@ -305,7 +310,7 @@ for (const cniVersion of ["0.3.1", "1.0.0"]) {
       const step = inOrder(t);
       await using kubernetes = await Kubernetes.start();
       const world = new World(kubernetes, cniVersion);
-      for (const [what, count, run] of FAULTS) {
+      for (const [what, count, run] of faults) {
         await step(what, async () => {
           await run(world);
           await world.well(count);
