@@ -78,7 +78,10 @@ function normalize(text: string): string {
   return text
     .replaceAll(/\b[0-9a-f]{32}\b/g, "CONTAINERID")
     .replaceAll(/cni-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/g, "cni-NETNS")
-    .replaceAll(/\b(?!0a:5[89]|ff:ff|00:00)([0-9a-f]{2}:){5}[0-9a-f]{2}\b/g, "MAC")
+    .replaceAll(
+      /\b(?!0a:5[89]|ff:ff|00:00)([0-9a-f]{2}:){5}[0-9a-f]{2}\b/g,
+      "MAC",
+    )
     .replaceAll(/\d{4}-\d\d-\d\dT[\d:.]+Z/g, "TIME")
     .replaceAll(/\d\d:\d\d:\d\d\.\d+/g, "TIME")
     .replaceAll(/[\d.]+ ?ms\b/g, "MS")
