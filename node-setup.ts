@@ -130,7 +130,8 @@ async function main(args: string[]): Promise<void> {
     return console.log(`# ${changed} taken back, ${rest} not there`);
   }
   console.log(`# ${changed} new, ${rest} there already`);
-  const troubles = [...await drops(setup), ...await strays(setup)];
+  const now = { ...setup, there: await look(flags) };
+  const troubles = [...await drops(now), ...await strays(now)];
   for (const it of troubles) console.error(`Warning: ${it.join("\n  ")}`);
 }
 
@@ -380,8 +381,7 @@ async function drops({ own, flags }: Setup): Promise<Trouble[]> {
 }
 
 /** The pods whose packets go elsewhere, though a route of ours is there. */
-async function strays({ own, peers, flags }: Setup): Promise<Trouble[]> {
-  const there = await look(flags);
+async function strays({ own, peers, flags, there }: Setup) {
   const ranges = [{ ip: "", podCIDR: own, dev: flags.bridge }, ...peers]
     .filter((range) => there.has(routeTo(range)));
   // The kernel is asked for each address in a range at which a route begins.

@@ -13,6 +13,7 @@ import { join } from "@std/path/posix/join";
 import { ROOT } from "../setup/root.ts";
 
 export const BINARY = join(ROOT, "dist/custom-cni");
+export const CONF_FILE = "/etc/cni/net.d/10-custom-cni.conf";
 export const NODE_SETUP = [
   ...[Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")],
 ];
@@ -210,7 +211,7 @@ export class Node implements AsyncDisposable {
 
   /** Writes the node's network configuration. */
   async configure(conf: unknown): Promise<void> {
-    const file = this.path("/etc/cni/net.d/10-custom-cni.conf");
+    const file = this.path(CONF_FILE);
     await Deno.writeTextFile(file, JSON.stringify(conf, null, 2) + "\n");
   }
 
@@ -246,7 +247,7 @@ export class Node implements AsyncDisposable {
 
   /** Calls the plugin as a runtime does: variables, the conf on stdin. */
   async cni(verb: string, pod?: Pod, call: CallOptions = {}): Promise<Answer> {
-    const path = this.path("/etc/cni/net.d/10-custom-cni.conf");
+    const path = this.path(CONF_FILE);
     const conf = call.conf ?? await Deno.readTextFile(path);
     const variables = Object.entries({
       PATH: Deno.env.get("PATH"),

@@ -35,6 +35,13 @@ async function check(node: Node, ...flags: string[]) {
   return troubles;
 }
 
+/** The one thing that is wrong. */
+async function only(node: Node, ...flags: string[]) {
+  const [trouble, ...others] = await check(node, ...flags);
+  assertEquals(others, []);
+  return trouble;
+}
+
 Deno.test("a node that is well has no trouble, and none is made", async () => {
   await using node = await start();
   const before = await node.listing() +
@@ -126,8 +133,7 @@ for (const [symptom, fault, says, mend] of SHADOWS) {
   Deno.test(symptom, async () => {
     await using node = await start();
     await node.sh(fault);
-    const [trouble, ...others] = await check(node, ...PEER);
-    assertEquals(others, []);
+    const trouble = await only(node, ...PEER);
     assertMatch(trouble.message, says);
     // What is to be pasted shows what it is.
     const shown = await node.sh(trouble.mend);
@@ -152,8 +158,7 @@ Deno.test("large downloads hang: the NIC takes less than pods send", async () =>
   await using node = await start();
   await node.sh("ip link set enp0s3 mtu 1400");
   for (const flags of [[], PEER]) {
-    const [trouble, ...others] = await check(node, ...flags);
-    assertEquals(others, []);
+    const trouble = await only(node, ...flags);
     assertMatch(trouble.message, /1500 bytes at once, too many for enp0s3$/);
     assertEquals(trouble.mend, '"mtu": 1400');
   }
@@ -183,8 +188,7 @@ for (const [symptom, fault, says, mend] of FAULTS) {
   Deno.test(symptom, async () => {
     await using node = await start();
     await node.sh(fault);
-    const [trouble, ...others] = await check(node, ...PEER);
-    assertEquals(others, []);
+    const trouble = await only(node, ...PEER);
     assertMatch(trouble.message, says);
     assertMatch(trouble.mend, mend);
     // What is to be pasted does mend it.

@@ -8,13 +8,12 @@
  */
 import { assert, assertEquals, assertRejects } from "@std/assert";
 import { Cluster, readPods } from "../lab/cluster.ts";
-import { CONF } from "../lab/node.ts";
+import { CONF, CONF_FILE } from "../lab/node.ts";
 import { machine } from "../lab/machine.ts";
 import { ROOT } from "../setup/root.ts";
 import { inOrder, type Message, Runtimes, until } from "./runtimes.ts";
 
 const before = await machine();
-const CONF_FILE = "/etc/cni/net.d/10-custom-cni.conf";
 const SERVICE = "10.96.0.20";
 
 /** Which containerd, and the version that the conf asks for. */
