@@ -13,7 +13,7 @@
  */
 import { Cluster } from "../lab/cluster.ts";
 import { Runtimes, until } from "../runtimes/runtimes.ts";
-import { CONF, type Node, type Output } from "../lab/node.ts";
+import { conf, type Node, type Output } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
 const ADDRESSES = { node1: "10.0.2.14", node2: "10.0.2.15" };
@@ -22,6 +22,10 @@ const PODS = "10.240.0.0/16"; // of all nodes, each gets a /24 of it
 const TWO_NODES = "10.240.0.0/23";
 const SERVICES = "10.96.0.0/16";
 const KUBECONFIG = "/etc/kubernetes/admin.conf";
+
+/** What gives a node its rules and routes, and all that it needs for them. */
+export const SETUP =
+  "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
 
 /** What a shell on a node knows; HOME is where kubectl keeps its cache. */
 const ENV = {
@@ -170,12 +174,12 @@ export class KubernetesNode {
   }
 
   /** Installs the plugin as the README does; the conf's keys may be others. */
-  async install(conf: Record<string, unknown> = {}): Promise<void> {
+  async install(keys: Record<string, unknown> = {}): Promise<void> {
     await this.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d
       cp dist/custom-cni /opt/cni/bin/custom-cni.new
       mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni`);
-    const own = { ...CONF, podcidr: this.podCIDR };
-    await this.runtimes.node.configure({ ...own, ...conf });
+    const own = conf({ podcidr: this.podCIDR, ...keys });
+    await this.runtimes.node.configure(own);
   }
 }
 
@@ -233,8 +237,8 @@ export class Kubernetes implements AsyncDisposable {
   }
 
   /** Installs the plugin on both nodes, and returns when they are ready. */
-  async install(conf?: Record<string, unknown>): Promise<void> {
-    for (const node of this.nodes) await node.install(conf);
+  async install(keys?: Record<string, unknown>): Promise<void> {
+    for (const node of this.nodes) await node.install(keys);
     const ready = "wait --for=condition=Ready node --all --timeout=60s";
     await this.node1.sh(`kubectl ${ready}`);
   }

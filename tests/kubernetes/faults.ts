@@ -8,18 +8,17 @@
  *
  * @module
  */
-import { assert, assertEquals, assertStringIncludes } from "@std/assert";
+import { assertEquals, assertStringIncludes } from "@std/assert";
 import { machine } from "../lab/machine.ts";
+import { CONF_FILE } from "../lab/node.ts";
 import { inOrder, type Message, until } from "../runtimes/runtimes.ts";
 import { ROOT } from "../setup/root.ts";
-import { Kubernetes, type KubernetesNode } from "./cluster.ts";
+import { Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
 
 const before = await machine();
 const README = await Deno.readTextFile(`${ROOT}README.md`);
-const CONF = "/etc/cni/net.d/10-custom-cni.conf";
 const BIN = "/opt/cni/bin";
 const FAILED = 'plugin type="custom-cni" name="custom-cni" failed (add):';
-const SETUP = "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
 
 /** Pods that answer, all on one node; they end at once. */
 const deployment = (node: string, name = node) => ({
@@ -72,8 +71,7 @@ class World {
 
   /** Writes a node's conf, with some keys in place of those it has. */
   configure(node: KubernetesNode, keys: Record<string, unknown> = {}) {
-    const { podCIDR: podcidr } = node;
-    return node.install({ podcidr, cniVersion: this.cniVersion, ...keys });
+    return node.install({ cniVersion: this.cniVersion, ...keys });
   }
 
   /** Some keys of node2's conf, while something happens, and then the old. */
@@ -90,8 +88,7 @@ class World {
   /** Waits until a pod that does not start says why. */
   async complains(words: string): Promise<void> {
     const find = "get events --field-selector=reason=FailedCreatePodSandBox";
-    const says = async () => (await this.kubectl(find)).includes(words);
-    await until(`an event says: ${words}`, says, 120);
+    await this.kubernetes.until(find, (events) => events.includes(words));
   }
 
   /** Waits until so many pods are ready, and no others are there. */
@@ -150,7 +147,6 @@ class World {
       mount | grep -oE ' /var/lib/kubelet/pods/\\S+' | xargs -r umount -l
       ip link del cni0
       ip route flush proto boot scope global root 10.240.0.0/16
-      iptables-save -t filter | grep -- ' FORWARD .*10.240' || :
       for table in filter nat mangle; do
         iptables -t $table -F; iptables -t $table -X
       done
@@ -165,13 +161,13 @@ class World {
 
   /** Waits until so many pods of node2 have had a container start again. */
   async restarted(count: number): Promise<void> {
-    await until(`${count} containers are started again`, async () => {
-      const pods = await this.pods();
-      return pods.filter(({ spec, status }) =>
-        spec.nodeName === "node2" &&
-        status.containerStatuses?.[0].restartCount > 0
-      ).length === count;
-    }, 120);
+    const isIt = ({ spec, status }: Message) =>
+      spec.nodeName === "node2" &&
+      status.containerStatuses?.[0].restartCount > 0;
+    await this.kubernetes.until(
+      "get pods -o json",
+      (pods) => JSON.parse(pods).items.filter(isIt).length === count,
+    );
   }
 }
 
@@ -180,7 +176,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
   [
     ["pods start", 4, async (world) => {
       const { nodes } = world.kubernetes;
-      for (const node of nodes) await world.configure(node);
+      await world.kubernetes.install({ cniVersion: world.cniVersion });
       await world.apply(deployment("node1"), deployment("node2"));
       for (const { name } of nodes) await world.scale(name, 2);
       for (const node of nodes) await node.sh(SETUP);
@@ -223,7 +219,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
         await world.scale("more", 6);
         await world.complains("No free address in 10.240.0.0/28");
         await world.scale("node2", 7);
-        await world.well(15);
+        await world.ready(15);
       });
     }],
     ["and has its range again", 4, async (world) => {
@@ -236,13 +232,9 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
     }],
     ["a container crashes again and again", 4, async (world) => {
       await world.apply(CRASHING);
-      await until(
-        "it is in CrashLoopBackOff",
-        async () =>
-          (await world.kubectl("get pod crashing")).includes(
-            "CrashLoopBackOff",
-          ),
-        120,
+      await world.kubernetes.until(
+        "get pod crashing",
+        (pod) => pod.includes("CrashLoopBackOff"),
       );
       await world.kubectl("delete pod crashing");
     }],
@@ -266,7 +258,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
         await world.complains(`${FAILED} podcidr "10.240.0.0/33"`);
       });
       await world.ready(12);
-      await node2.sh(`echo '{' > ${CONF}`);
+      await node2.sh(`echo '{' > ${CONF_FILE}`);
       await world.kubectl("delete pod -l app=node2 --wait=false");
       await world.configure(node2);
     }],
@@ -278,7 +270,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
         assertStringIncludes(README, words);
         await world.complains(words + more);
       };
-      await node2.sh("mv /opt/cni/bin/custom-cni /run/");
+      await node2.sh(`mv ${BIN}/custom-cni /run/`);
       await world.scale("node2", 2);
       await quoted('failed to find plugin "custom-cni" in path [', BIN);
       await node2.sh(`mv /run/custom-cni ${BIN}`);
@@ -319,6 +311,5 @@ for (const cniVersion of ["0.3.1", "1.0.0"]) {
 }
 
 Deno.test("the machine is as it was", async () => {
-  assert(before);
   assertEquals(await machine(), before);
 });

@@ -18,7 +18,7 @@ import {
   untilCtrlC,
   walk,
 } from "../lab/walk.ts";
-import { Kubernetes, type KubernetesNode } from "./cluster.ts";
+import { Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
 
 const HELP =
   `Walks through the tutorial on a real Kubernetes: two nodes, on this machine.
@@ -39,7 +39,6 @@ interface World {
 }
 
 const INTERNET = "203.0.113.8";
-const SETUP = "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
 
 /** Runs a shell line on a node, and shows it. */
 async function type(
