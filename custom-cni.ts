@@ -17,6 +17,7 @@ import { existsSync } from "@std/fs/exists";
 import { FileHandler } from "@std/log/file-handler";
 import { type LevelName, LogLevelNames, LogLevels } from "@std/log/levels";
 import { join } from "@std/path/posix/join";
+import deno from "./deno.json" with { type: "json" };
 import * as ipam from "./ipam.ts";
 import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
@@ -311,9 +312,7 @@ async function status({ conf }: Call): Promise<Answer> {
 async function main(): Promise<number> {
   const command = Deno.env.get("CNI_COMMAND");
   if (!command) {
-    const json = { with: { type: "json" } } as const;
-    const { version } = (await import("./deno.json", json)).default;
-    console.error(`custom-cni ${version}, for CNI ${VERSIONS.join(", ")}`);
+    console.error(`custom-cni ${deno.version}, for CNI ${VERSIONS.join(", ")}`);
     console.error("To look at this node: deno run -A node-setup.ts --check");
     return 0;
   }

@@ -176,6 +176,7 @@ export class KubernetesNode {
   /** Installs the plugin as the README does; the conf's keys may be others. */
   async install(keys: Record<string, unknown> = {}): Promise<void> {
     await this.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d
+      install -dm700 /opt/cni/bin/.custom-cni
       cp dist/custom-cni /opt/cni/bin/custom-cni.new
       mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni`);
     const own = conf({ podcidr: this.podCIDR, ...keys });

@@ -104,7 +104,8 @@ range that Kubernetes gave to the node.`);
   ) {
     await type(
       node,
-      `cp dist/custom-cni /opt/cni/bin/custom-cni.new
+      `install -dm700 /opt/cni/bin/.custom-cni
+cp dist/custom-cni /opt/cni/bin/custom-cni.new
 mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni
 ${conf} /etc/cni/net.d/10-custom-cni.conf`,
     );

@@ -152,6 +152,7 @@ cd /
 umount -l /mnt
 rm -rf /etc/cni
 mkdir -p /etc/cni/net.d /opt/cni/bin
+install -dm700 /opt/cni/bin/.custom-cni
 if [ -n "$binary" ]; then
   touch /opt/cni/bin/custom-cni
   mount --bind "$binary" /opt/cni/bin/custom-cni
@@ -308,7 +309,7 @@ export class Node implements AsyncDisposable {
   /**
    * What a call may change, as text to compare: links, addresses and routes of
    * the node (and of a pod), and its files. Left out is what the kernel settles
-   * later, such as the carrier, and the log.
+   * later, such as the carrier, and the log and Deno's cache.
    */
   listing(pod?: Pod): Promise<string> {
     const netns = pod ? `"-n ${pod.netns.split("/").pop()}"` : "";
@@ -316,7 +317,8 @@ export class Node implements AsyncDisposable {
         ip $n -o link; ip $n -o -4 addr; ip $n -4 route show table all
       done | sed -E 's/NO-CARRIER,|,M-DOWN|,LOWER_UP| linkdown//g
         s/ state [A-Z]+| link-netns(id)? [^ ]+//g'
-      find /etc/cni /opt /run /tmp /var/log -xdev ! -name cni.log -printf \
+      find /etc/cni /opt /run /tmp /var/log -xdev ! -name cni.log \
+        ! -path '*/.custom-cni/*' -printf \
         '%p %M %u %l\\n' | sort`);
   }
 }
