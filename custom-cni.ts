@@ -61,7 +61,7 @@ const KEYS: Record<string, [must: string, isSo: (it: Any) => boolean]> = {
 };
 
 // deno-lint-ignore no-explicit-any -- JSON: of a runtime (see KEYS), or of `ip`
-type Any = any;
+export type Any = any;
 type Verb = [since: string, needs: string, run: (_: Call) => Promise<Answer>];
 
 /** What a verb says: to the operator in the log, and to the runtime. */

@@ -31,7 +31,6 @@ The rules and routes that pods need; as root, on each node. Twice is once.
 Exit status: 0 well, 1 failed with nothing added or not well, 2 wrong usage`;
 
 const CONF_DIR = "/etc/cni/net.d";
-const CONFS = `${CONF_DIR}/*.{conf,conflist,json}`; // as libcni looks for them
 const BINARY = "/opt/cni/bin/custom-cni";
 const MODPROBE = "modprobe br_netfilter";
 const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
@@ -55,8 +54,6 @@ const STEPS: Record<string, string> = {
 };
 const CHOICE = ["forward", "routes", "masquerade"];
 
-// deno-lint-ignore no-explicit-any -- JSON of kubectl, of confs, of `ip`
-type Any = any;
 type Flags = ReturnType<typeof readFlags>;
 
 /** What is wrong, and the command that mends it. */
@@ -117,7 +114,7 @@ async function main(args: string[]): Promise<void> {
   if (!mayRun) fail(1, "Only root may change the node", "sudo, or --dry-run");
   if (flags.check) return await check(flags);
   const setup = await learn(flags);
-  const { errors, changed, rest } = await apply(setup);
+  const { errors, done, rest } = await apply(setup);
   if (flags["dry-run"]) return;
   if (errors.length && !flags.delete) {
     console.log("# Failed; what was added is taken back");
@@ -127,9 +124,9 @@ async function main(args: string[]): Promise<void> {
   }
   if (errors.length) fail(1, errors.join("\n"));
   if (flags.delete) {
-    return console.log(`# ${changed} taken back, ${rest} not there`);
+    return console.log(`# ${done} taken back, ${rest} not there`);
   }
-  console.log(`# ${changed} new, ${rest} there already`);
+  console.log(`# ${done} new, ${rest} there already`);
   const now = { ...setup, there: await look(flags) };
   const troubles = [...await drops(now), ...await strays(now)];
   for (const it of troubles) console.error(`Warning: ${it.join("\n  ")}`);
@@ -212,7 +209,6 @@ async function learn(flags: Flags) {
   const ranges = [...links.map(({ cidr }) => cidr), own.text];
   const routes = Map.groupBy(there, (it) => / add \D*([\d./]+)/.exec(it)?.[1]);
   const peers: Peer[] = [];
-
   /** Why a peer can't be used so, if it can't. */
   const refuse = ({ ip, podCIDR, dev }: Peer): Trouble[] => {
     const { type, gateway } = ways.get(ip) ?? {};
@@ -251,13 +247,13 @@ async function learn(flags: Flags) {
 }
 
 /** Finds this node's range and the other nodes in the output of kubectl. */
-function readNodes(list: Any, mine: string[]) {
-  const items: Any[] = list.kind === "Node" ? [list] : list.items;
+function readNodes(list: plugin.Any, mine: string[]) {
+  const items: plugin.Any[] = list.kind === "Node" ? [list] : list.items;
   if (!Array.isArray(items)) fail(1, "--nodes has no items", "see --help");
   const nodes = items.filter(({ kind = "Node" }) => kind === "Node")
     .map(({ metadata = {}, spec = {}, status = {} }) => {
-      const { addresses = [] }: { addresses?: Any[] } = status;
-      const ranges: Any[] = [...spec.podCIDRs ?? [], spec.podCIDR];
+      const { addresses = [] }: { addresses?: plugin.Any[] } = status;
+      const ranges: plugin.Any[] = [...spec.podCIDRs ?? [], spec.podCIDR];
       return {
         name: `${metadata.name}`,
         known: addresses.map(({ address }) => address),
@@ -288,32 +284,40 @@ function parsePeer(text: string, own: PodCIDR) {
 }
 
 /** What a conf says to custom-cni: the given one, or as libcni reads it. */
-async function findConf(given?: string, range?: string): Promise<Any> {
-  const [first] = Array.from(expandGlobSync(CONFS), ({ path }) => path).sort();
+async function findConf(given?: string, range?: string): Promise<plugin.Any> {
+  const filesOf = (glob: string) =>
+    Array.from(expandGlobSync(`${CONF_DIR}/${glob}`), (it) => it.path).sort();
+  const [first] = filesOf("*.{conf,conflist,json}"); // as libcni does
   if (!given && !first && range) return { podcidr: range };
   const none = `${CONF_DIR} has no conf ("cni plugin not initialized")`;
   const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
   const file = given ?? first ?? fail(1, none, copy);
   const conf = await readJSON(file, `vi ${file} # or use --podcidr`);
-  const { name = "", cniVersion, plugins, delegates = [conf] } = conf;
-  const ours = (plugins ?? delegates).find((p: Any) => p.type === "custom-cni");
+  const { name = "", cniVersion, plugins = [], delegates = [conf] } = conf;
+  // From libcni 1.3 on a list's plugins may be in a folder of its name as well.
+  const isList = file.endsWith(".conflist");
+  const hasFolder = isList && !conf.loadOnlyInlinedPlugins;
+  const folder = hasFolder ? filesOf(`${name}/*.conf`) : [];
+  const more = await Array.fromAsync(folder, (it) => readJSON(it, `vi ${it}`));
+  const listed: plugin.Any[] = [plugins, more].flat();
+  const all = listed.length ? listed : [delegates].flat();
+  const ours = all.find((it) => it?.type === "custom-cni");
   if (given) return ours ?? conf;
-  const [is, end] = plugins ? ["list", "conflist"] : ["single conf", "conf"];
+  const [is, end] = isList ? ["single conf", "conf"] : ["list", "conflist"];
   const mend = `mv ${file} ${file.replace(/[^.]*$/, end)}`;
-  const isMisread = file.endsWith(".conflist") === !plugins;
-  if (isMisread) fail(1, `${file} is a ${is}: no runtime takes it so`, mend);
+  if (isList !== listed.length > 0) fail(1, `${file} is a ${is} inside`, mend);
   if (!ours) fail(1, `${file} comes first, for others`, `mv ${file} /root/`);
   try {
     // A list's name and version are its plugins', those of Multus a fallback.
-    plugin.checkConf({ ...ours, name, cniVersion, ...plugins ? {} : ours });
+    plugin.checkConf({ ...ours, name, cniVersion, ...isList ? {} : ours });
     return ipam.parsePodCIDR(ours.podcidr) && ours;
-  } catch ({ message, details }: Any) {
+  } catch ({ message, details }: plugin.Any) {
     return fail(1, `${file}: ${message}`, `vi ${file} # ${details}`);
   }
 }
 
 /** The way that the kernel takes to each address, but where it refuses. */
-async function waysTo(ips: string[], oif = ""): Promise<Map<string, Any>> {
+async function waysTo(ips: string[], oif = "") {
   const lines = ips.map((ip) => `route get ${ip}${oif}`).join("\n");
   const answers = await plugin.ip(lines, "-force").catch(() => []);
   return new Map(answers.map(([way]) => [way.dst, way]));
@@ -328,13 +332,13 @@ async function apply(setup: Setup) {
   const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
   const batches = Map.groupBy(all, (it) => it.startsWith("ip ") ? ip : it);
   const errors: string[] = [];
-  let changed = 0;
+  let done = 0;
   for (const [command, lines] of batches) {
     console.log(lines.join("\n"));
     if (flags["dry-run"]) continue;
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
     const { code, stderr } = await sh(command, input);
-    changed += code ? 0 : lines.length;
+    done += code ? 0 : lines.length;
     if (!code) continue;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
     const error = `${lines[failed - 1]}: ${stderr}`;
@@ -344,32 +348,29 @@ async function apply(setup: Setup) {
     else console.error(`Warning: ${error}`);
     if (errors.length && !flags.delete) break;
   }
-  return { errors, changed, rest };
+  return { errors, done, rest };
 }
 
 /** What there is, each as the command that makes it. */
 async function look(flags: Flags): Promise<Set<string>> {
-  // Only root may look at more than the routes.
-  const listings = Object.entries(LISTINGS).slice(0, flags["dry-run"] ? 1 : 4);
-  const lines = (await Array.fromAsync(listings, (it) => show(...it))).flat();
-  if (lines.some((line) => line.includes("bridge-nf"))) lines.push(MODPROBE);
+  const there: string[] = [];
+  for (const [command, prefix] of Object.entries(LISTINGS)) {
+    const { code, stdout, stderr } = await sh(command);
+    if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
+    // A route tells the state of its link too, and sysctl wants no blanks.
+    const text = stdout.replace(/ (dead|linkdown)\b| +$| (?==)|(?<==) /gm, "");
+    there.push(...text.split("\n").map((line) => prefix + line));
+    if (flags["dry-run"]) break; // only root may look at more than the routes
+  }
+  if (there.some((line) => line.includes("bridge-nf"))) there.push(MODPROBE);
   // Others may keep the same route, with words of their own behind it.
-  const bare = lines.map((line) => line.replace(/( dev \S+) .*/, "$1"));
-  return new Set(flags.delete ? lines : [...lines, ...bare]);
-}
-
-/** What a command lists, each line as the command that makes it. */
-async function show(command: string, prefix = ""): Promise<string[]> {
-  const { code, stdout, stderr } = await sh(command);
-  if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
-  // A route tells the state of its link too, and sysctl wants no blanks.
-  return stdout.replace(/ (dead|linkdown)\b| +$/gm, "").replaceAll(" = ", "=")
-    .split("\n").map((line) => prefix + line);
+  const bare = there.map((line) => line.replace(/( dev \S+) .*/, "$1"));
+  return new Set(flags.delete ? there : [...there, ...bare]);
 }
 
 /** The rules that drop the pods' packets, also if ours are (or were) there. */
 async function drops({ own, flags }: Setup): Promise<Trouble[]> {
-  const rules = await show("iptables -S");
+  const rules = (await sh("iptables -S")).stdout.split("\n");
   const mend = (way: string) => `-I FORWARD ${way} ${own.text} -j ACCEPT`;
   const found = [["-s", "-i"], ["-d", "-o"]].map(([way, at]) => {
     const packet = { "-A": "FORWARD", [way]: own, [at]: flags.bridge };
@@ -385,10 +386,9 @@ async function strays({ own, peers, flags, there }: Setup) {
   const ranges = [{ ip: "", podCIDR: own, dev: flags.bridge }, ...peers]
     .filter((range) => there.has(routeTo(range)));
   // The kernel is asked for each address in a range at which a route begins.
-  const startOf = (it: string) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "";
-  const starts = [...new Set([...there].map(startOf))];
+  const starts = [...there].map((it) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "");
   const asked = ranges.flatMap(({ ip, podCIDR, dev }) =>
-    starts.filter((to) => ipam.overlaps(podCIDR, `${to}/32`))
+    [...new Set(starts)].filter((to) => ipam.overlaps(podCIDR, `${to}/32`))
       .map((to) => ({ to, hop: ip || dev }))
   );
   const ways = await waysTo(asked.map(({ to }) => to));
@@ -421,10 +421,10 @@ export function verdict(rules: string[], packet: Packet): string | undefined {
 }
 
 /** Reads a file, or stdin, as a JSON object. */
-async function readJSON(path: string, mend: string): Promise<Any> {
+async function readJSON(path: string, mend: string): Promise<plugin.Any> {
   try {
-    const { readable } = path === "-" ? Deno.stdin : await Deno.open(path);
-    return plugin.parseConf(await new Response(readable).text());
+    const file = path === "-" ? "/dev/stdin" : path;
+    return plugin.parseConf(await Deno.readTextFile(file));
   } catch (error) {
     return fail(1, `Cannot read "${path}"`, `${mend}; ${error}`);
   }

@@ -263,6 +263,26 @@ const CONFS: [files: Record<string, unknown>, says: RegExp, mend: RegExp][] = [
   ],
   [{ "1.conf": "" }, /1\.conf/, /^vi \S+1\.conf /],
   [{ "1.conf": "null" }, /1\.conf/, /^vi \S+1\.conf /],
+  [{ "1.conflist": { ...LIST, plugins: {} } }, /for others/, /^mv /],
+  [{ "1.conflist": { ...LIST, plugins: [null] } }, /single conf/, /^mv /],
+  [
+    { "1.conflist": { ...LIST, plugins: [OTHER] }, "pods/1.json": OURS },
+    /1\.conflist comes first, for others/,
+    /^mv /,
+  ],
+  [
+    {
+      "1.conflist": { ...LIST, loadOnlyInlinedPlugins: true, plugins: [OTHER] },
+      "pods/1.conf": OURS,
+    },
+    /1\.conflist comes first, for others/,
+    /^mv /,
+  ],
+  [
+    { "1.conflist": LIST, "pods/1.conf": "{" },
+    /Cannot read "\S+pods\/1\.conf"/,
+    /^vi \S+pods\/1\.conf/,
+  ],
   [{ "1.conf": {} }, /1\.conf comes first, for others/, /^mv /],
   [{ "1.json": OTHER, "2.conf": CONF }, /first, for others/, /^mv \S+1\.json/],
 ];
@@ -282,11 +302,13 @@ Deno.test("no pod starts, for a conf that no runtime or ADD takes", async () => 
 const GOOD: Record<string, unknown>[] = [
   { "1.json": CONF },
   { "1.conflist": { ...LIST, plugins: [OURS, { type: "portmap" }] } },
+  { "1.conflist": LIST, "pods/1.conf": OURS },
+  { "1.conflist": { ...LIST, plugins: [OTHER] }, "pods/9.conf": OURS },
   { "1.conf": { ...OTHER, type: "multus", delegates: [CONF] } },
   { "1.conf": { ...OTHER, type: "multus", delegates: [OURS] } },
 ];
 
-Deno.test("a single conf, a list, Multus: each is a conf for us", async () => {
+Deno.test("a single conf, a list, a folder, Multus: each is a conf for us", async () => {
   await using node = await start();
   for (const files of GOOD) {
     await node.sh(`rm -rf ${FOLDER}/*`);
@@ -298,6 +320,7 @@ Deno.test("a single conf, a list, Multus: each is a conf for us", async () => {
 async function write(node: Node, files: Record<string, unknown>) {
   for (const [name, conf] of Object.entries(files)) {
     const text = typeof conf === "string" ? conf : JSON.stringify(conf);
+    await node.sh(`mkdir -p $(dirname ${FOLDER}/${name})`);
     await Deno.writeTextFile(node.path(`${FOLDER}/${name}`), text);
   }
 }
