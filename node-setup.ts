@@ -153,7 +153,7 @@ async function check(flags: Flags): Promise<void> {
   const counts = `${size} of ${setup.own.room} addresses are used`;
   tell(counts, size < setup.own.room ? [] : [[counts, "kubectl delete pod"]]);
   tell("All rules and routes are there", plan(setup).todo);
-  tell("No rule drops pods' packets", await drops(setup));
+  tell("No rule of iptables drops pods' packets", await drops(setup));
   tell("No route leads pods' packets astray", await strays(setup));
   const { mtu: sent = 1500 } = await findConf(flags.conf).catch(() => ({}));
   const [links, routes] = await plugin.ip("link show\nroute show default");
