@@ -83,9 +83,8 @@ async function add(call: Call): Promise<Answer> {
   // podcidr, and its first address for the gateway.
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
-  if (name && existsSync(name) && !linkTarget(name)) {
-    fail(4, "CNI_CONTAINERID is the name of another namespace", name);
-  }
+  const taken = name && existsSync(name) && !linkTarget(name);
+  if (taken) fail(4, "CNI_CONTAINERID is the name of another namespace", name);
 
   // The bridge. Where there is no counter, this is the node's first pod.
   if (!ipam.checkCounter()) await makeBridge(podCIDR);
@@ -98,7 +97,9 @@ async function add(call: Call): Promise<Answer> {
   // appended, so that the one of another network stays the first.
   ensureDirSync(NETNS_DIR);
   const deaf = deafen(ifname, "nsenter", `--net=${netns}`);
-  const naming = name && ln("-sfT", netns, name);
+  // By a process: Deno.symlink asks for the right to write everywhere.
+  const naming = name && run("ln", ["-sfT", netns, name])
+    .then(({ code, stderr }) => code && fail(100, `ln to ${name}`, stderr));
   const lines = `
     link set dev ${ifname} up
     addr add ${address} dev ${ifname}
@@ -148,8 +149,9 @@ async function makeBridge(podCIDR: PodCIDR): Promise<void> {
   await ip(lines, "-force");
 }
 
-/** A second name of the bridge: all was looked at, and made, for this range. */
+/** Second names: of a bridge that is ready for a range, of a host veth. */
 const markOf = ({ text }: PodCIDR) => `${BRIDGE}-${text.replace("/", "-")}`;
+const altnameOf = (alias: string) => alias.replaceAll("/", ",");
 
 /** Makes a link deaf to the IPv6 router that a pod may play. */
 async function deafen(link: string, ...enter: string[]): Promise<void> {
@@ -162,40 +164,40 @@ async function deafen(link: string, ...enter: string[]): Promise<void> {
 
 /**
  * Takes the number n, and makes the veth pair: the pod's address ends in n, the
- * host veth is vethN. The pod's end is born in the pod, so the node may have an
- * eth0 of its own. Its MAC follows from the address: whoever has the address in
- * an ARP cache reaches the new pod too. Hairpin lets a pod reach itself through
- * its own Service.
+ * host veth is vethN, with a second name for DEL. The pod's end is born in the
+ * pod, so the node may have an eth0 of its own. Its MAC follows from the
+ * address: whoever has that in an ARP cache reaches the new pod too. Hairpin
+ * lets a pod reach itself through its own Service.
  */
 async function makeVeth(call: Call, podCIDR: PodCIDR) {
   const { netns, ifname, conf, alias } = call;
-  const { prefix } = podCIDR;
   const mtu = conf.mtu ? ` mtu ${conf.mtu}` : "";
   let cni0 = markOf(podCIDR); // a bridge that was not prepared has no such name
   for (let n = await ipam.nextNumber(podCIDR);; cni0 = BRIDGE) {
     const podIP = ipam.address(podCIDR, n);
     const hostMac = `address ${macOf(podIP, 0x59)}`;
+    const named = `link property add dev veth${n} altname ${altnameOf(alias)}`;
     const peer = `${ifname}${mtu} address ${macOf(podIP)} netns "${netns}"`;
     try {
       const [[bridge], [hostVeth]] = await ip(`
         link show dev ${cni0}
         link set ${BRIDGE} up
-        addr replace ${ipam.address(podCIDR, 1)}/${prefix} dev ${BRIDGE}
+        addr replace ${ipam.address(podCIDR, 1)}/${podCIDR.prefix} dev ${BRIDGE}
         link add veth${n}${mtu} ${hostMac} type veth peer name ${peer}
-        link set veth${n} alias ${alias}
-        link set veth${n} up
-        link set veth${n} master ${BRIDGE}
+        ${cni0 === BRIDGE || alias.length > 127 ? "" : named}
+        link set veth${n} alias ${alias} master ${BRIDGE} up
         link set veth${n} type bridge_slave hairpin on
         link show dev veth${n}`);
       // The kernel tells the peer's namespace only if it is another one.
       const isOwn = hostVeth.link_netnsid === undefined;
       if (isOwn) fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
-      return { bridge, hostVeth, address: `${podIP}/${prefix}` };
+      return { bridge, hostVeth, address: `${podIP}/${podCIDR.prefix}` };
     } catch (error: Any) {
-      if (error.message === `ip link show dev ${markOf(podCIDR)}`) {
-        await makeBridge(podCIDR);
-        continue;
-      }
+      const unmarked = `ip link show dev ${markOf(podCIDR)}`;
+      if (error.message === unmarked) await makeBridge(podCIDR);
+      // An ADD without a DEL before: that one goes by its alias alone.
+      if (error.message === `ip ${named}`) await ip(`link del veth${n}`);
+      if ([unmarked, `ip ${named}`].includes(error.message)) continue;
       const noPair = /^ip (addr|link (add|set cni0|show dev cni0))\b/;
       if (!noPair.test(error.message)) await takeBack(call, error);
       // No pair was made, and the kernel does not tell if for the pod's end.
@@ -222,9 +224,14 @@ async function takeBack(call: Call, error: unknown): Promise<never> {
 /** DEL: takes the attachment away, as often as asked, whatever is left. */
 async function del(call: Call): Promise<Answer> {
   const { name, netns, ifname, alias } = call;
-  const [links] = await ip("link show");
+  const altname = altnameOf(alias);
+  const lines = `link show dev ${altname}\nlink del ${altname}\nlink show`;
+  const [gone, links] = await ip(lines).catch(async (error) => {
+    if (!error.message.includes(altname)) throw error;
+    return [[], ...await ip("link show")]; // it never had one, or is gone
+  });
   let ours = links.filter((link) => link.ifalias === alias);
-  if (!ours.length && netns) {
+  if (!gone.length && !ours.length && netns) {
     // Was an ADD killed before it wrote the alias? The ends know each other.
     const [[end]] = await inPod(netns, `link show dev ${ifname}`)
       .catch((): Any[][] => [[]]);
@@ -235,7 +242,9 @@ async function del(call: Call): Promise<Answer> {
   // With the host veth go the pod's end, its address and its route.
   const left = await removeLinks(ours, links);
   if (name) unname(name, left);
-  return [ours.map((link) => link.ifname).join(" ") || "nothing left"];
+  return [
+    [...gone, ...ours].map((it) => it.ifname).join(" ") || "nothing left",
+  ];
 }
 
 /** CHECK: is all as ADD answered it? If not, says all that is missing. */
@@ -503,12 +512,6 @@ export async function usedNumbers({ size }: PodCIDR) {
   return new Set(numbers.filter((n) => n > 1 && n < size - 1));
 }
 
-/** By a process: Deno.symlink asks for the right to write everywhere. */
-async function ln(...args: string[]): Promise<void> {
-  const { code, stderr } = await run("ln", args);
-  if (code) fail(100, `ln ${args.join(" ")}`, stderr);
-}
-
 /** Takes the name away with the container's last interface, if it is a link. */
 function unname(name: string, links: Any[]): void {
   const isOf = ({ ifalias = "" }) => name.endsWith(`/${ifalias.split("/")[1]}`);
@@ -541,8 +544,7 @@ let logLevel: LevelName = "INFO";
 function log(level: LevelName, line: string): void {
   if (LogLevels[level] < LogLevels[logLevel]) return;
   const ms = level === "DEBUG" ? "" : ` (${Math.round(performance.now())} ms)`;
-  // No input may begin a line of its own. (\p{Cc} says it as well, but V8 takes
-  // a millisecond to load its table.)
+  // No input may begin a line of its own. (For \p{Cc} V8 loads a whole table.)
   const text = line.replace(/[^ -~\xa0-\u2027\u202a-\uffff]+/g, " ");
   try {
     // FileHandler creates a file with no mode of our choice.

@@ -109,12 +109,11 @@ const KILLER =
     [ $n != $LINE ] || { sleep 0.03; kill -9 $plugin; exit; }
   done | exec ip "$@"`;
 
-/** How many lines each `ip` gets; the one with -force is the end of DEL. */
+/** How many lines each `ip` gets. */
 const LINES: [verb: string, CALL: string, lines: number][] = [
-  ["ADD", "host", 9],
+  ["ADD", "host", 8],
   ["ADD", "pod", 4],
-  ["DEL", "host", 1],
-  ["DEL", "force", 2],
+  ["DEL", "host", 3],
 ];
 
 Deno.test("ADD and DEL may be killed after any line of any ip", async () => {

@@ -325,6 +325,31 @@ for (
   });
 }
 
+Deno.test("DEL removes an attachment whose name is too long for a link", async () => {
+  await using node = await Node.start("node1", conf({ name: "n".repeat(118) }));
+  await node.start("nginx1");
+  const before = await node.listing();
+  const pod = { ...await node.sandbox("a"), containerID: "c".repeat(118) };
+  await ping(node, addressOf(await node.cni("ADD", pod)));
+  assertEquals((await node.cni("DEL", pod)).code, 0);
+  await node.remove(pod);
+  assertEquals(await node.listing(), before);
+});
+
+Deno.test("DEL removes both if ADD was called twice, in two namespaces", async () => {
+  await using node = await Node.start("node1");
+  await node.start("nginx1");
+  const before = await node.listing();
+  const first = await node.start("alpine1");
+  const { containerID } = first;
+  const second = { ...await node.sandbox("alpine1"), containerID };
+  const answer = await node.cni("ADD", second);
+  for (const pod of [first, answer]) await ping(node, addressOf(pod));
+  assertEquals((await node.cni("DEL", second)).code, 0);
+  for (const pod of [first, second]) await node.remove(pod);
+  assertEquals(await node.listing(), before);
+});
+
 Deno.test("ADD and DEL leave a namespace with the container's name", async () => {
   await using node = await Node.start("node1");
   const netns = "/var/run/netns/alpine1";
