@@ -5,7 +5,7 @@
  * @module
  */
 import { assertEquals, assertMatch, assertNotEquals } from "@std/assert";
-import { addressOf, Node } from "../lab/node.ts";
+import { addressOf, conf, Node } from "../lab/node.ts";
 
 const CACHE = "/opt/cni/bin/.custom-cni";
 
@@ -79,5 +79,22 @@ Deno.test("first calls that are killed leave nothing that harms", async () => {
     await node.cni("STATUS", undefined, { killAfter });
     const pod = await node.start(`pod${killAfter}`);
     await node.in(pod, "ping -c1 -W5 10.240.0.1");
+  }
+});
+
+Deno.test("a binary that is replaced while calls start fails none", async () => {
+  await using node = await Node.start("node1", conf({ cniVersion: "1.1.0" }));
+  const plugin = "/opt/moved/custom-cni";
+  const copy = `cp /opt/cni/bin/custom-cni ${plugin}`;
+  await node.sh(`mkdir /opt/moved; ${copy}`);
+  for (let round = 0; round < 20; round++) {
+    await node.sh(`${copy}.new`);
+    const call = () => node.cni("STATUS", undefined, { plugin });
+    const calls = Array.from({ length: 6 }, call);
+    const moved = node.sh(`mv ${plugin}.new ${plugin}`);
+    for (const { code, stdout, stderr } of await Promise.all(calls)) {
+      assertEquals(code, 0, stdout + stderr);
+    }
+    await moved;
   }
 });
