@@ -226,10 +226,11 @@ async function del(call: Call): Promise<Answer> {
   const { name, netns, ifname, alias } = call;
   const altname = altnameOf(alias);
   const lines = `link show dev ${altname}\nlink del ${altname}\nlink show`;
-  const [gone, links] = await ip(lines).catch(async (error) => {
+  const answers = await ip(lines, "-force").catch((error) => {
     if (!error.message.includes(altname)) throw error;
-    return [[], ...await ip("link show")]; // it never had one, or is gone
+    return ip("link show"); // too long, or an `ip` before 5.4
   });
+  const [links, gone = []] = answers.reverse();
   let ours = links.filter((link) => link.ifalias === alias);
   if (!gone.length && !ours.length && netns) {
     // Was an ADD killed before it wrote the alias? The ends know each other.
@@ -242,9 +243,8 @@ async function del(call: Call): Promise<Answer> {
   // With the host veth go the pod's end, its address and its route.
   const left = await removeLinks(ours, links);
   if (name) unname(name, left);
-  return [
-    [...gone, ...ours].map((it) => it.ifname).join(" ") || "nothing left",
-  ];
+  const names = [...gone, ...ours].map((link) => link.ifname);
+  return [names.join(" ") || "nothing left"];
 }
 
 /** CHECK: is all as ADD answered it? If not, says all that is missing. */

@@ -114,7 +114,7 @@ async function main(args: string[]): Promise<void> {
   if (!mayRun) fail(1, "Only root may change the node", "sudo, or --dry-run");
   if (flags.check) return await check(flags);
   const setup = await learn(flags);
-  const { errors, done, rest } = await apply(setup);
+  const { errors, changed, rest } = await apply(setup);
   if (flags["dry-run"]) return;
   if (errors.length && !flags.delete) {
     console.log("# Failed; what was added is taken back");
@@ -124,9 +124,9 @@ async function main(args: string[]): Promise<void> {
   }
   if (errors.length) fail(1, errors.join("\n"));
   if (flags.delete) {
-    return console.log(`# ${done} taken back, ${rest} not there`);
+    return console.log(`# ${changed} taken back, ${rest} not there`);
   }
-  console.log(`# ${done} new, ${rest} there already`);
+  console.log(`# ${changed} new, ${rest} there already`);
   const now = { ...setup, there: await look(flags) };
   const troubles = [...await drops(now), ...await strays(now)];
   for (const it of troubles) console.error(`Warning: ${it.join("\n  ")}`);
@@ -140,13 +140,12 @@ async function check(flags: Flags): Promise<void> {
     Deno.exitCode = 1;
   };
   const orTell = (it: CNIError) => tell("", [[it.message, it.details]]);
-  await findConf(flags.conf)
-    .then((conf) => plugin.lookAtBridge(ipam.parsePodCIDR(conf.podcidr)))
+  const conf = findConf(flags.conf);
+  await conf.then((it) => plugin.lookAtBridge(ipam.parsePodCIDR(it.podcidr)))
     .then(() => tell("The conf and cni0 are well"), orTell);
-  const install = `install -D dist/custom-cni ${BINARY}`;
-  await plugin.run(BINARY, [])
-    .catch(() => fail(1, `${BINARY} does not start`, install))
-    .then(() => tell(`${BINARY} starts`), orTell);
+  const mend = `install -D dist/custom-cni ${BINARY}`;
+  const starts = await plugin.run(BINARY, []).then(() => true, () => false);
+  tell(`${BINARY} starts`, starts ? [] : [[`${BINARY} does not start`, mend]]);
   const setup = await learn(flags).catch(orTell);
   if (!setup) return;
   const { size } = await plugin.usedNumbers(setup.own);
@@ -155,7 +154,7 @@ async function check(flags: Flags): Promise<void> {
   tell("All rules and routes are there", plan(setup).todo);
   tell("No rule of iptables drops pods' packets", await drops(setup));
   tell("No route leads pods' packets astray", await strays(setup));
-  const { mtu: sent = 1500 } = await findConf(flags.conf).catch(() => ({}));
+  const { mtu: sent = 1500 } = await conf.catch(() => ({}));
   const [links, routes] = await plugin.ip("link show\nroute show default");
   const nics = [...setup.peers, ...routes].map(({ dev }) => dev);
   const what = `The conf lets pods send ${sent} bytes at once, too many for`;
@@ -332,13 +331,13 @@ async function apply(setup: Setup) {
   const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
   const batches = Map.groupBy(all, (it) => it.startsWith("ip ") ? ip : it);
   const errors: string[] = [];
-  let done = 0;
+  let changed = 0;
   for (const [command, lines] of batches) {
     console.log(lines.join("\n"));
     if (flags["dry-run"]) continue;
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
     const { code, stderr } = await sh(command, input);
-    done += code ? 0 : lines.length;
+    changed += code ? 0 : lines.length;
     if (!code) continue;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
     const error = `${lines[failed - 1]}: ${stderr}`;
@@ -348,15 +347,14 @@ async function apply(setup: Setup) {
     else console.error(`Warning: ${error}`);
     if (errors.length && !flags.delete) break;
   }
-  return { errors, done, rest };
+  return { errors, changed, rest };
 }
 
 /** What there is, each as the command that makes it. */
 async function look(flags: Flags): Promise<Set<string>> {
   const there: string[] = [];
   for (const [command, prefix] of Object.entries(LISTINGS)) {
-    const { code, stdout, stderr } = await sh(command);
-    if (code) fail(1, `Cannot look at the node with "${command}"`, stderr);
+    const { stdout } = await sh(command);
     // A route tells the state of its link too, and sysctl wants no blanks.
     const text = stdout.replace(/ (dead|linkdown)\b| +$| (?==)|(?<==) /gm, "");
     there.push(...text.split("\n").map((line) => prefix + line));
@@ -387,9 +385,9 @@ async function strays({ own, peers, flags, there }: Setup) {
     .filter((range) => there.has(routeTo(range)));
   // The kernel is asked for each address in a range at which a route begins.
   const starts = [...there].map((it) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "");
-  const asked = ranges.flatMap(({ ip, podCIDR, dev }) =>
-    [...new Set(starts)].filter((to) => ipam.overlaps(podCIDR, `${to}/32`))
-      .map((to) => ({ to, hop: ip || dev }))
+  const asked = [...new Set(starts)].flatMap((to) =>
+    ranges.filter(({ podCIDR }) => ipam.overlaps(podCIDR, `${to}/32`))
+      .map(({ ip, dev }) => ({ to, hop: ip || dev }))
   );
   const ways = await waysTo(asked.map(({ to }) => to));
   return asked.flatMap(({ to, hop }): Trouble[] => {
@@ -430,12 +428,14 @@ async function readJSON(path: string, mend: string): Promise<plugin.Any> {
   }
 }
 
-/** Runs a command, and shows what it says although it succeeds. */
-async function sh(command: string, input = "") {
+/** Runs a command, and shows what it says; one without input must succeed. */
+async function sh(command: string, input?: string) {
   const [program, ...args] = command.split(" ");
   // kube-proxy and Docker write to the tables too: wait for their lock.
   if (program === "iptables") args.unshift("-w");
   const output = await plugin.run(program, args, input);
+  const what = `Cannot look at the node with "${command}"`;
+  if (output.code && input === undefined) fail(1, what, output.stderr);
   if (!output.code && output.stderr) console.error(output.stderr);
   return output;
 }

@@ -23,6 +23,11 @@ const TWO_NODES = "10.240.0.0/23";
 const SERVICES = "10.96.0.0/16";
 const KUBECONFIG = "/etc/kubernetes/admin.conf";
 
+/** What gives a node the plugin, as the README has it. */
+export const INSTALL = `install -dm700 /opt/cni/bin/.custom-cni
+cp dist/custom-cni /opt/cni/bin/custom-cni.new
+mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni`;
+
 /** What gives a node its rules and routes, and all that it needs for them. */
 export const SETUP =
   "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
@@ -173,12 +178,9 @@ export class KubernetesNode {
     await this.sh(`kill -9 $(cat /run/${daemon}.pid)`);
   }
 
-  /** Installs the plugin as the README does; the conf's keys may be others. */
+  /** Installs the plugin and its conf, whose keys may be others. */
   async install(keys: Record<string, unknown> = {}): Promise<void> {
-    await this.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d
-      install -dm700 /opt/cni/bin/.custom-cni
-      cp dist/custom-cni /opt/cni/bin/custom-cni.new
-      mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni`);
+    await this.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d\n${INSTALL}`);
     const own = conf({ podcidr: this.podCIDR, ...keys });
     await this.runtimes.node.configure(own);
   }

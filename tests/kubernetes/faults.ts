@@ -13,7 +13,7 @@ import { machine } from "../lab/machine.ts";
 import { CONF_FILE } from "../lab/node.ts";
 import { inOrder, type Message, until } from "../runtimes/runtimes.ts";
 import { ROOT } from "../setup/root.ts";
-import { Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
+import { INSTALL, Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
 
 const before = await machine();
 const README = await Deno.readTextFile(`${ROOT}README.md`);
@@ -270,6 +270,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
         assertStringIncludes(README, words);
         await world.complains(words + more);
       };
+      assertStringIncludes(README, INSTALL);
       await node2.sh(`mv ${BIN}/custom-cni /run/`);
       await world.scale("node2", 2);
       await quoted('failed to find plugin "custom-cni" in path [', BIN);

@@ -18,7 +18,7 @@ import {
   untilCtrlC,
   walk,
 } from "../lab/walk.ts";
-import { Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
+import { INSTALL, Kubernetes, type KubernetesNode, SETUP } from "./cluster.ts";
 
 const HELP =
   `Walks through the tutorial on a real Kubernetes: two nodes, on this machine.
@@ -102,13 +102,8 @@ range that Kubernetes gave to the node.`);
       [node1, "sed 's,10.240.0.0/24,10.240.1.0/24,' 10-custom-cni.conf >"],
     ] as const
   ) {
-    await type(
-      node,
-      `install -dm700 /opt/cni/bin/.custom-cni
-cp dist/custom-cni /opt/cni/bin/custom-cni.new
-mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni
-${conf} /etc/cni/net.d/10-custom-cni.conf`,
-    );
+    const copy = `${conf} /etc/cni/net.d/10-custom-cni.conf`;
+    await type(node, `${INSTALL}\n${copy}`);
   }
   say(`
 containerd sees the files within seconds, and a kubelet tells every ten seconds

@@ -318,7 +318,6 @@ export class Node implements AsyncDisposable {
       done | sed -E 's/NO-CARRIER,|,M-DOWN|,LOWER_UP| linkdown//g
         s/ state [A-Z]+| link-netns(id)? [^ ]+//g'
       find /etc/cni /opt /run /tmp /var/log -xdev ! -name cni.log \
-        ! -path '*/.custom-cni/*' -printf \
-        '%p %M %u %l\\n' | sort`);
+        ! -path '*/.custom-cni/*' -printf '%p %M %u %l\\n' | sort`);
   }
 }

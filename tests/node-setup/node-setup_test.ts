@@ -256,6 +256,10 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
   const cannot = await setup(node, PEER);
   assertMatch(cannot.stderr, /^Error: Cannot look .*"iptables -S FORWARD"/);
   assertEquals(cannot.stdout, "");
+  await shim(node, "iptables", '[ "$*" != "-w -S" ] || exit 4');
+  const unseen = await setup(node, `${PEER} --check`);
+  assertEquals(unseen.code, 1);
+  assertMatch(unseen.stderr, /^Error: Cannot look .*"iptables -S"/);
   assertEquals(await tables(node), before);
 });
 

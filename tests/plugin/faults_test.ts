@@ -113,7 +113,7 @@ const KILLER =
 const LINES: [verb: string, CALL: string, lines: number][] = [
   ["ADD", "host", 8],
   ["ADD", "pod", 4],
-  ["DEL", "host", 3],
+  ["DEL", "force", 3],
 ];
 
 Deno.test("ADD and DEL may be killed after any line of any ip", async () => {

@@ -73,7 +73,7 @@ Deno.test("ADD gives a network where its folder can't be written", async () => {
 });
 
 Deno.test("first calls that are killed leave nothing that harms", async () => {
-  await using node = await Node.start("node1");
+  await using node = await Node.start("node1", conf({ cniVersion: "1.1.0" }));
   for (let killAfter = 2; killAfter < 26; killAfter += 2) {
     await node.sh(`rm -r ${CACHE}; install -dm700 ${CACHE}`);
     await node.cni("STATUS", undefined, { killAfter });
