@@ -144,8 +144,8 @@ async function makeBridge(podCIDR: PodCIDR): Promise<void> {
   if (!bridge) await ip(`${line}\nlink show dev ${BRIDGE}`, "-force");
   await deafen(BRIDGE); // before it is up
   const lines = `link set ${BRIDGE} address ${mac}
-    link property add dev ${BRIDGE} altname ${markOf(podCIDR)}
-    link show dev ${BRIDGE}`;
+    link show dev ${BRIDGE}
+    link property add dev ${BRIDGE} altname ${markOf(podCIDR)}`;
   await ip(lines, "-force");
 }
 

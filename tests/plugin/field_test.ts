@@ -162,6 +162,16 @@ for (
       /^$/,
     ],
     [
+      "whose ip ends at a name of more than 15 bytes", // before 5.4
+      "/opt/shims:",
+      `cat > /opt/shims/ip << END
+#!/bin/sh
+sed -E '/(dev|del|altname) [^ ]{16}/ { s/.*/link show dev/; q }' |
+  $(command -v ip) "\\$@"
+END`,
+      /^$/,
+    ],
+    [
       "that keeps its settings",
       "/opt/shims:",
       `printf '#!/bin/sh\\necho read-only >&2; exit 1' > /opt/shims/sysctl`,
@@ -182,6 +192,8 @@ for (
     const PATH = path.endsWith("tools") ? path : path + Deno.env.get("PATH");
     const pod = await node.start("alpine1", { env: { PATH } });
     await node.in(pod, "ping -c1 -W5 10.240.0.1");
+    assertEquals((await node.cni("DEL", pod, { env: { PATH } })).code, 0);
+    assertEquals(await node.sh("ip -br link show type veth"), "");
     const warnings = (await log(node)).split("\n")
       .filter((line) => line.includes("IPv6"));
     assertMatch(warnings.join("\n"), says);
