@@ -35,14 +35,13 @@ const BINARY = "/opt/cni/bin/custom-cni";
 const MODPROBE = "modprobe br_netfilter";
 const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
 
-/** What lists the state of the node, and makes of a line its command. */
-const LISTINGS = {
-  "ip -oneline route show": "ip route add ",
-  "sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables":
-    "sysctl -w ",
-  "iptables -S FORWARD": "iptables ",
-  "iptables -t nat -S POSTROUTING": "iptables -t nat ",
-};
+/** Prints what there is, each as the command that makes it. */
+const LOOK = `set -eo pipefail; ip -oneline route show |
+  sed -E "s/ (dead|linkdown)\\b//g; s/ *$//; s/^/ip route add /"
+sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables |
+  sed "s/ = /=/; s/^/sysctl -w /"
+iptables -w -S FORWARD | sed "s/^/iptables /"
+iptables -w -t nat -S POSTROUTING | sed "s/^/iptables -t nat /"`;
 
 /** What is the matter where a command of a step has not been run. */
 const STEPS: Record<string, string> = {
@@ -60,7 +59,6 @@ type Flags = ReturnType<typeof readFlags>;
 type Trouble = [what: string, mend: string];
 /** Another node, whose pods are reached through its address. */
 type Peer = { ip: string; podCIDR: PodCIDR; dev?: string };
-type Packet = Record<string, string | PodCIDR>;
 type Setup = Awaited<ReturnType<typeof learn>>;
 
 /** The commands to run in the tutorial's order, for --delete in reverse. */
@@ -152,7 +150,7 @@ async function check(flags: Flags): Promise<void> {
   const counts = `${size} of ${setup.own.room} addresses are used`;
   tell(counts, size < setup.own.room ? [] : [[counts, "kubectl delete pod"]]);
   tell("All rules and routes are there", plan(setup).todo);
-  tell("No rule of iptables drops pods' packets", await drops(setup));
+  tell("No rule drops pods' packets", await drops(setup));
   tell("No route leads pods' packets astray", await strays(setup));
   const { mtu: sent = 1500 } = await conf.catch(() => ({}));
   const [links, routes] = await plugin.ip("link show\nroute show default");
@@ -166,8 +164,7 @@ async function check(flags: Flags): Promise<void> {
 /** Reads the flags; throws with 2 what can't be meant. */
 function readFlags(args: string[]) {
   // parseArgs takes a lone - for a flag, not for the value of --nodes.
-  const at = args.indexOf("-");
-  const words = at > 0 ? args.toSpliced(at - 1, 2, `${args[at - 1]}=-`) : args;
+  const words = args.map((arg) => arg.replace(/(^|=)-$/, "$1/dev/stdin"));
   const flags = parseArgs(words, {
     string: ["peer", "nodes", "podcidr", "conf", "bridge", "dev", "only"],
     boolean: ["keep-source", "check", "delete", "dry-run", "help"],
@@ -328,116 +325,119 @@ async function apply(setup: Setup) {
   const { todo, rest } = plan(setup);
   const all = todo.map(([, line]) => flags.delete ? opposite(line) : line);
   // The routes to a thousand nodes are one process.
-  const ip = flags.delete ? "ip -force -batch -" : "ip -batch -";
+  const ip = "ip -force -batch -";
   const batches = Map.groupBy(all, (it) => it.startsWith("ip ") ? ip : it);
   const errors: string[] = [];
   let changed = 0;
   for (const [command, lines] of batches) {
     console.log(lines.join("\n"));
     if (flags["dry-run"]) continue;
+    const [program, ...args] = command.split(" ");
+    // kube-proxy and Docker write to the tables too: wait for their lock.
+    if (program === "iptables") args.unshift("-w");
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
-    const { code, stderr } = await sh(command, input);
+    const { code, stderr } = await plugin.run(program, args, input);
     changed += code ? 0 : lines.length;
-    if (!code) continue;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
     const error = `${lines[failed - 1]}: ${stderr}`;
     // The rest works without bridged packets, and not every kernel has them.
     const isNeeded = !/br_netfilter|bridge-nf/.test(command);
-    if (isNeeded) errors.push(error);
-    else console.error(`Warning: ${error}`);
+    if (code && isNeeded) errors.push(error);
+    else if (code || stderr) console.error(`Warning: ${error}`);
     if (errors.length && !flags.delete) break;
   }
   return { errors, changed, rest };
 }
 
-/** What there is, each as the command that makes it. */
+/** Learns what there is; only root may look at more than the routes. */
 async function look(flags: Flags): Promise<Set<string>> {
-  const there: string[] = [];
-  for (const [command, prefix] of Object.entries(LISTINGS)) {
-    const { stdout } = await sh(command);
-    // A route tells the state of its link too, and sysctl wants no blanks.
-    const text = stdout.replace(/ (dead|linkdown)\b| +$| (?==)|(?<==) /gm, "");
-    there.push(...text.split("\n").map((line) => prefix + line));
-    if (flags["dry-run"]) break; // only root may look at more than the routes
-  }
-  if (there.some((line) => line.includes("bridge-nf"))) there.push(MODPROBE);
+  const script = flags["dry-run"] ? LOOK.split("\nsysctl")[0] : LOOK;
+  const { code, stdout, stderr } = await plugin.run("bash", ["-c", script]);
+  if (code) fail(1, "Cannot look at the node", stderr);
+  if (stderr) console.error(stderr);
+  const there = stdout.split("\n");
+  if (stdout.includes("bridge-nf")) there.push(MODPROBE);
   // Others may keep the same route, with words of their own behind it.
   const bare = there.map((line) => line.replace(/( dev \S+) .*/, "$1"));
   return new Set(flags.delete ? there : [...there, ...bare]);
 }
 
-/** The rules that drop the pods' packets, also if ours are (or were) there. */
-async function drops({ own, flags }: Setup): Promise<Trouble[]> {
-  const rules = (await sh("iptables -S")).stdout.split("\n");
-  const mend = (way: string) => `-I FORWARD ${way} ${own.text} -j ACCEPT`;
-  const found = [["-s", "-i"], ["-d", "-o"]].map(([way, at]) => {
-    const packet = { "-A": "FORWARD", [way]: own, [at]: flags.bridge };
-    return verdict([...rules, mend(way).replace("-I", "-A")], packet) ?? "";
-  });
-  const mends = `iptables ${mend("-s")} && iptables ${mend("-d")}`;
-  return [...new Set(found)].filter((rule) => /-j (DROP|REJECT)/.test(rule))
-    .map((rule) => [`iptables ${rule} drops pods' packets`, mends]);
+/**
+ * A copy of this node that has one of its sets of rules, with a pod and another
+ * host, which call each other. If one gets no answer, the rules are printed.
+ */
+const COPY = `set -e; mount -t tmpfs tmpfs /var/run
+$0 > /var/run/rules || exit 0
+for it in node pod host; do ip netns add $it; done
+at() { nsenter --net=/var/run/netns/"$@"; }
+join() {
+  ip -n node link add $2 up type veth peer name eth0 netns $1
+  ip -n node addr add $3 peer $4 dev $2
+  ip -n $1 addr add $4 peer $3 dev eth0
+  ip -n $1 link set eth0 up
+  ip -n $1 route add default via $3
+}
+join pod $2 $3 $4
+join host $5 $6 $7
+ls /sys/class/net | xargs -I@ ip -n node link add @ type dummy 2>&- || :
+ipset save 2>&- | at node ipset restore 2>&- || :
+at node sysctl -qw net.ipv4.ip_forward=1
+at node $1 < /var/run/rules
+at pod timeout 2 bash -c "echo > /dev/tcp/$7/9" || :
+at host timeout 2 bash -c "echo > /dev/tcp/$4/9" || :
+answers=$(for it in pod host; do at $it nstat -asz TcpOutRsts; done)
+[ $(echo "$answers" | grep -c " [1-9]") = 2 ] || at node $0`;
+
+/** The rules that drop the pods' packets, though ours may be there. */
+async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
+  const ip = peers[0]?.ip ?? "1.1.1.1"; // no packet leaves the copy
+  const ways = await waysTo([ip]);
+  const { dev = "eth0", prefsrc: from = "10.0.2.15" } = ways.get(ip) ?? {};
+  const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
+  // iptables tells how many packets each rule and policy has had.
+  const used = /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:\S+ DROP(?= \[[1-9])/m;
+  const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
+  const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
+  const tables = stdout.match(/^table .+/gm) ?? [];
+  const found: Trouble[] = [];
+  for (const by of ["iptables-nft", "iptables-legacy", ...tables]) {
+    // These are those of iptables-nft, and nft can't always read them back.
+    const isTold = /^table ip (filter|nat|mangle|raw|security)$/.test(by);
+    if (isTold && found.length) continue;
+    const isTable = by.startsWith("table");
+    const list = isTable ? `nft list ${by}` : `${by}-save -c`;
+    const load = isTable ? "nft -f -" : `${by}-restore`;
+    const mend = isTable ? list : `for way in -s -d; do ${by} ${accept}; done`;
+    const args = ["-m", "sh", "-c", COPY, list, load, ...pod, dev, from, ip];
+    const { code, stdout, stderr } = await plugin.run("unshare", args);
+    const [rule = "has a rule that"] = used.exec(stdout) ?? [];
+    if (code && !isTold) found.push([`Cannot try ${by} on a copy`, stderr]);
+    if (stdout) found.push([`${by} ${rule} drops pods' packets`, mend]);
+  }
+  return found;
 }
 
 /** The pods whose packets go elsewhere, though a route of ours is there. */
 async function strays({ own, peers, flags, there }: Setup) {
   const ranges = [{ ip: "", podCIDR: own, dev: flags.bridge }, ...peers]
     .filter((range) => there.has(routeTo(range)));
-  // The kernel is asked for each address in a range at which a route begins.
+  // The kernel is asked for each address at which a route begins.
   const starts = [...there].map((it) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "");
-  const asked = [...new Set(starts)].flatMap((to) =>
-    ranges.filter(({ podCIDR }) => ipam.overlaps(podCIDR, `${to}/32`))
-      .map(({ ip, dev }) => ({ to, hop: ip || dev }))
-  );
-  const ways = await waysTo(asked.map(({ to }) => to));
-  return asked.flatMap(({ to, hop }): Trouble[] => {
+  const ways = await waysTo(starts);
+  return [...new Set(starts)].flatMap((to): Trouble[] => {
+    const range = ranges.find((it) => ipam.overlaps(it.podCIDR, `${to}/32`));
     const { gateway, dev = "nobody" } = ways.get(to) ?? {};
-    if (hop === (gateway ?? dev)) return [];
+    const hop = range?.ip || range?.dev;
+    if (!hop || hop === (gateway ?? dev)) return [];
     const what = `Packets to ${to} go to ${gateway ?? dev}, not to ${hop}`;
     return [[what, `ip rule; ip route show table all match ${to}`]];
   });
 }
 
-/** The rule that decides on a packet, not on a part of them only (-p, -m). */
-export function verdict(rules: string[], packet: Packet): string | undefined {
-  const fits = ([, not, option, value]: string[]) => {
-    const ours = packet[option];
-    const isRange = typeof ours === "object";
-    const same = isRange ? ipam.overlaps(ours, value) : ours === value;
-    return ours && same !== Boolean(not);
-  };
-  for (const rule of rules) {
-    const bare = rule.replace(/ -m comment --comment ("(\\.|[^"])*"|\S+)/, "");
-    const [match, target] = bare.split(/ -[jg] (\S+)/);
-    const options = match.matchAll(/(! )?(-\S+) (\S+)/g);
-    if (!target || !options.every(fits)) continue;
-    if (/^(ACCEPT|DROP|REJECT)$/.test(target)) return rule;
-    if (target === "RETURN") return;
-    const found = verdict(rules, { ...packet, "-A": target });
-    if (found) return found;
-  }
-}
-
-/** Reads a file, or stdin, as a JSON object. */
+/** Reads a file as a JSON object. */
 async function readJSON(path: string, mend: string): Promise<plugin.Any> {
-  try {
-    const file = path === "-" ? "/dev/stdin" : path;
-    return plugin.parseConf(await Deno.readTextFile(file));
-  } catch (error) {
-    return fail(1, `Cannot read "${path}"`, `${mend}; ${error}`);
-  }
-}
-
-/** Runs a command, and shows what it says; one without input must succeed. */
-async function sh(command: string, input?: string) {
-  const [program, ...args] = command.split(" ");
-  // kube-proxy and Docker write to the tables too: wait for their lock.
-  if (program === "iptables") args.unshift("-w");
-  const output = await plugin.run(program, args, input);
-  const what = `Cannot look at the node with "${command}"`;
-  if (output.code && input === undefined) fail(1, what, output.stderr);
-  if (!output.code && output.stderr) console.error(output.stderr);
-  return output;
+  return await Deno.readTextFile(path).then(plugin.parseConf)
+    .catch((it) => fail(1, `Cannot read "${path}"`, `${mend}; ${it}`));
 }
 
 if (import.meta.main) {

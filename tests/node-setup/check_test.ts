@@ -88,8 +88,8 @@ const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
   [
     "pods reach nobody, though iptables -S shows our rules: a rule before them",
     "iptables -I FORWARD -j DROP",
-    /-A FORWARD -j DROP drops/,
-    /^iptables -I FORWARD -s .* && iptables .* -d /,
+    /^iptables-nft -A FORWARD -j DROP drops/,
+    /^for way in -s -d; do iptables-nft -I FORWARD \$way 10\.240\.0\.0\/24 /,
   ],
 ];
 
