@@ -88,10 +88,144 @@ const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
   [
     "pods reach nobody, though iptables -S shows our rules: a rule before them",
     "iptables -I FORWARD -j DROP",
-    /^iptables-nft -A FORWARD -j DROP drops/,
-    /^for way in -s -d; do iptables-nft -I FORWARD \$way 10\.240\.0\.0\/24 /,
+    /^iptables -A FORWARD -j DROP drops/,
+    /^for way in -s -d; do iptables -I FORWARD \$way 10\.240\.0\.0\/24 /,
   ],
 ];
+
+/** What drops packets besides the tutorial's rules, and what is said of it. */
+const RULES: [symptom: string, fault: string, says: string][] = [
+  [
+    "a policy of iptables-legacy",
+    "iptables-legacy -P FORWARD DROP",
+    "iptables-legacy :FORWARD DROP drops",
+  ],
+  [
+    "a rule of iptables-legacy, for one way",
+    "iptables-legacy -A FORWARD -o cni0 -p tcp -j REJECT",
+    "iptables-legacy -A FORWARD -o cni0 -p tcp -j REJECT .* drops",
+  ],
+  [
+    "a chain of iptables, for new calls to pods",
+    `iptables -N FW
+      iptables -I FORWARD -m comment --comment "a b" -j FW
+      iptables -A FW -i enp0s3 -m conntrack --ctstate NEW -j DROP`,
+    "iptables -A FW -i enp0s3 -m conntrack .* -j DROP drops",
+  ],
+  [
+    "a policy of nftables",
+    nft("type filter hook forward priority 9; policy drop;"),
+    "table inet other has a rule that drops",
+  ],
+  [
+    "nftables' own table, by the name of one of iptables'",
+    `iptables -P FORWARD ACCEPT; nft -f - <<END
+table ip filter {
+  chain forward {
+    type filter hook forward priority 9; policy drop;
+  }
+}
+END`,
+    "table ip filter has a rule that drops",
+  ],
+  [
+    "a set, in a chain before the routing",
+    nft(`type filter hook prerouting priority -300;
+    ip saddr { 10.9.0.0/16, 10.240.0.0/16 } counter drop`),
+    "table inet other has a rule that drops",
+  ],
+  [
+    "a map of devices",
+    nft(`type filter hook forward priority 0;
+    iifname vmap { "eth1" : accept, "cni0" : drop }`),
+    "table inet other has a rule that drops",
+  ],
+  [
+    "a firewall that knows the pods not, as firewalld's",
+    nft(`type filter hook forward priority filter + 10; policy accept;
+    ct state { established, related } accept
+    ct state invalid drop
+    iif "lo" accept
+    ip protocol icmp accept
+    iifname "eth1" goto trusted
+    reject with icmpx admin-prohibited comment "end"`),
+    "table inet other has a rule that drops",
+  ],
+];
+
+/** The commands that make a table of nftables besides iptables'. */
+function nft(chain: string): string {
+  return `nft -f - <<END
+table inet other {
+  chain trusted {
+    accept
+  }
+  chain passing {
+    ${chain}
+  }
+}
+END`;
+}
+
+for (const [symptom, fault, says] of RULES) {
+  Deno.test(`pods reach nobody: ${symptom}`, async () => {
+    await using node = await start();
+    await node.sh(fault);
+    const { message, mend } = await only(node, ...PEER);
+    assertMatch(message, new RegExp(`^${says} pods' packets$`));
+    // A run warns of it as well.
+    const { code, stderr } = await node.run(...NODE_SETUP, ...PEER);
+    assertEquals(code, 0);
+    assert(stderr.includes(`Warning: ${message}\n  ${mend}\n`), stderr);
+    // What is to be pasted mends it, or shows a table that others look after.
+    const shown = await node.sh(mend);
+    if (mend.startsWith("nft list ")) {
+      assertMatch(shown, /drop|reject/);
+      const [, chain] = /chain ([a-z]+) \{\n\s+type/.exec(shown)!;
+      await node.sh(mend.replace("list table", "delete chain") + ` ${chain}`);
+    }
+    assertEquals(await check(node, ...PEER), []);
+  });
+}
+
+/** Rules that let pods' packets pass, also such as a copy can hardly take. */
+const HARMLESS = [
+  nft(`type filter hook forward priority 0; policy drop;
+    ct state { established, related } accept
+    iifname { "cni0", "eth9" } accept
+    oif "cni0" ip saddr 10.0.2.0/24 goto trusted`),
+  nft(`type filter hook forward priority 0; policy accept;
+    ip saddr 10.9.0.0/16 drop
+    ip daddr != 10.0.0.0/8 ip saddr != 10.0.0.0/8 drop
+    iif "enp0s3" oif "enp0s3" drop
+    meta l4proto udp drop`),
+  nft(`type filter hook prerouting priority -150;
+    fib saddr . iif oif missing drop`),
+  nft("type filter hook input priority 0; policy drop;"),
+  nft("type filter hook output priority 0; policy drop;"),
+  `nft -f - <<END
+table netdev other {
+  chain ingress {
+    type filter hook ingress device "unplugged" priority 0; policy drop;
+  }
+}
+END`,
+  `iptables -I FORWARD -m physdev --physdev-is-bridged -j ACCEPT
+    iptables -t mangle -A PREROUTING -m recent --name x --set
+    iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j RETURN
+    iptables -t raw -A PREROUTING -m rpfilter --invert -j DROP
+    iptables -I FORWARD -p udp -j DROP
+    iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP`,
+  "iptables-legacy -P INPUT DROP; iptables-legacy -P OUTPUT DROP",
+];
+
+Deno.test("rules that let pods' packets pass are no trouble", async () => {
+  for (const rules of HARMLESS) {
+    await using node = await start();
+    await node.sh(rules);
+    assertEquals(await check(node, ...PEER), [], rules);
+  }
+});
 
 /** What leads packets astray, what is said, and what takes it away again. */
 const SHADOWS: [symptom: string, fault: string, says: RegExp, mend: string][] =
