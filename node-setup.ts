@@ -362,10 +362,7 @@ async function look(flags: Flags): Promise<Set<string>> {
   return new Set(flags.delete ? there : [...there, ...bare]);
 }
 
-/**
- * A copy of this node that has one of its sets of rules, with a pod and another
- * host, which call each other. If one gets no answer, the rules are printed.
- */
+/** A copy of the node with one set of its rules, through which two call. */
 const COPY = `set -e; mount -t tmpfs tmpfs /var/run
 $0 > /var/run/rules || exit 0
 for it in node pod host; do ip netns add $it; done
@@ -379,12 +376,15 @@ join() {
 }
 join pod $2 $3 $4
 join host $5 $6 $7
-ls /sys/class/net | xargs -I@ ip -n node link add @ type dummy 2>&- || :
+# Rules name the node's other devices, and sets of addresses.
+ls /sys/class/net | grep -owFf - /var/run/rules |
+  sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
 at node $1 < /var/run/rules
 at pod timeout 2 bash -c "echo > /dev/tcp/$7/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
+# Nobody listens there: a call that gets through is refused.
 wait; answers=$(for it in pod host; do at $it nstat -asz TcpOutRsts; done)
 [ $(echo "$answers" | grep -c " [1-9]") = 2 ] || at node $0`;
 

@@ -197,7 +197,7 @@ const HARMLESS = [
   nft(`type filter hook forward priority 0; policy accept;
     ip saddr 10.9.0.0/16 drop
     ip daddr != 10.0.0.0/8 ip saddr != 10.0.0.0/8 drop
-    iif "enp0s3" oif "enp0s3" drop
+    iif "unplugged" oif "unplugged" drop
     meta l4proto udp drop`),
   nft(`type filter hook prerouting priority -150;
     fib saddr . iif oif missing drop`),
