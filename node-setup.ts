@@ -54,7 +54,6 @@ const STEPS: Record<string, string> = {
 const CHOICE = ["forward", "routes", "masquerade"];
 
 type Flags = ReturnType<typeof readFlags>;
-
 /** What is wrong, and the command that mends it. */
 type Trouble = [what: string, mend: string];
 /** Another node, whose pods are reached through its address. */
@@ -402,15 +401,16 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   const found: Trouble[] = [];
   for (const by of ["iptables", "iptables-legacy", "iptables-nft", ...tables]) {
     const isTable = by.startsWith("table");
-    // One of these is iptables, and those are nft's, which may not read them.
+    // iptables is one of two others; nft lists its rules, but may not read them.
     const isTwin = /^iptables-|^table ip (filter|nat|mangle|raw)$/.test(by);
     if (isTwin && found.length) continue;
     const list = isTable ? `nft list ${by}` : `${by}-save -c`;
     const load = isTable ? "nft -f -" : `${by}-restore`;
-    const mend = isTable ? list : `for way in -s -d; do ${by} ${accept}; done`;
     const args = ["-m", "sh", "-c", COPY, list, load, ...pod, dev, from, ip];
     const { code, stdout, stderr } = await plugin.run("unshare", args);
     const [rule = "has a rule that"] = used.exec(stdout) ?? [];
+    const isFar = isTable || /ROUTING/.test(rule);
+    const mend = isFar ? list : `for way in -s -d; do ${by} ${accept}; done`;
     if (code && !(isTwin && isTable)) found.push([`Cannot try ${by}`, stderr]);
     if (stdout) found.push([`${by} ${rule} drops pods' packets`, mend]);
   }

@@ -113,6 +113,17 @@ const RULES: [symptom: string, fault: string, says: string][] = [
     "iptables -A FW -i enp0s3 -m conntrack .* -j DROP drops",
   ],
   [
+    "a rule of iptables before the routing",
+    "iptables -t raw -A PREROUTING -s 10.240.0.0/24 -j DROP",
+    "iptables -A PREROUTING -s 10\\.240\\.0\\.0/24 -j DROP drops",
+  ],
+  [
+    "a set of addresses that a rule of iptables names",
+    `ipset create bad hash:net; ipset add bad 10.240.0.0/16
+      iptables -I FORWARD -m set --match-set bad src -j REJECT`,
+    "iptables -A FORWARD -m set --match-set bad src -j REJECT .* drops",
+  ],
+  [
     "a policy of nftables",
     nft("type filter hook forward priority 9; policy drop;"),
     "table inet other has a rule that drops",
@@ -177,8 +188,12 @@ for (const [symptom, fault, says] of RULES) {
     const { code, stderr } = await node.run(...NODE_SETUP, ...PEER);
     assertEquals(code, 0);
     assert(stderr.includes(`Warning: ${message}\n  ${mend}\n`), stderr);
-    // What is to be pasted mends it, or shows a table that others look after.
+    // What is to be pasted mends it, or shows rules that others look after.
     const shown = await node.sh(mend);
+    if (mend.includes("iptables-save")) {
+      assertMatch(shown, /PREROUTING.*DROP/);
+      await node.sh("iptables -t raw -F");
+    }
     if (mend.startsWith("nft list ")) {
       assertMatch(shown, /drop|reject/);
       const [, chain] = /chain ([a-z]+) \{\n\s+type/.exec(shown)!;

@@ -74,8 +74,10 @@ const COMPILED = {
 const TOOLS: Record<string, string> = {
   busybox: "busybox",
   ip: "iproute2",
+  ipset: "ipset",
   iptables: "iptables",
   mount: "mount",
+  nft: "nftables",
   nsenter: "util-linux",
   perl: "perl-base",
   ping: "iputils-ping",
