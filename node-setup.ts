@@ -370,43 +370,43 @@ join() {
   ip -n node link add $2 up type veth peer name eth0 netns $1
   ip -n node addr add $3 peer $4 dev $2
   ip -n $1 addr add $4 peer $3 dev eth0
-  ip -n $1 link set eth0 up
-  ip -n $1 route add default via $3
+  ip -n $1 link set eth0 up; ip -n $1 route add default via $3
 }
-join pod $2 $3 $4
-join host $5 $6 $7
+join pod $2 $3 $4; join host $5 $6 $7
 # Rules name the node's other devices, and sets of addresses.
 ls /sys/class/net | grep -owFf - /var/run/rules |
   sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
-at node $1 < /var/run/rules
+sed "/^\\tflags owner/d" /var/run/rules | at node $1
 at pod timeout 2 bash -c "echo > /dev/tcp/$7/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
 # Nobody listens there: a call that gets through is refused.
-wait; answers=$(for it in pod host; do at $it nstat -asz TcpOutRsts; done)
-[ $(echo "$answers" | grep -c " [1-9]") = 2 ] || at node $0`;
+wait; shift 7; refusals=$(for it; do at $it nstat -asz TcpOutRsts; done)
+[ $(echo "$refusals" | grep -c " [1-9]") = $# ] || at node $0`;
 
 /** The rules that drop the pods' packets, though ours may be there. */
 async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   const ip = peers[0]?.ip ?? "1.1.1.1"; // no packet leaves the copy
   const ways = await waysTo([ip], flags.dev && ` oif ${flags.dev}`);
-  const { dev = "eth0", prefsrc: from = "10.0.2.15" } = ways.get(ip) ?? {};
+  const { dev = "eth0", prefsrc = "10.0.2.15" } = ways.get(ip) ?? {};
   const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
+  // Who is to be reached: by peers a pod as well, by the world it need not be.
+  const host = [dev, prefsrc, ip, "host", ...peers.length ? ["pod"] : []];
   // iptables tells how many packets each rule and policy has had.
   const used = /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:\S+ DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
   const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
-  const tables = stdout.match(/^table .+/gm) ?? [];
+  const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
   const found: Trouble[] = [];
   for (const by of ["iptables", "iptables-legacy", "iptables-nft", ...tables]) {
     const isTable = by.startsWith("table");
-    // iptables is one of two others; nft lists its rules, but may not read them.
+    // iptables is one of two others; nft lists its rules, but can't read them.
     const isTwin = /^iptables-|^table ip (filter|nat|mangle|raw)$/.test(by);
     if (isTwin && found.length) continue;
     const list = isTable ? `nft list ${by}` : `${by}-save -c`;
     const load = isTable ? "nft -f -" : `${by}-restore`;
-    const args = ["-m", "sh", "-c", COPY, list, load, ...pod, dev, from, ip];
+    const args = ["-m", "sh", "-c", COPY, list, load, ...pod, ...host];
     const { code, stdout, stderr } = await plugin.run("unshare", args);
     const [rule = "has a rule that"] = used.exec(stdout) ?? [];
     const isFar = isTable || /ROUTING/.test(rule);

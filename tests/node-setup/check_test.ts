@@ -232,6 +232,9 @@ END`,
     iptables -I FORWARD -p udp -j DROP
     iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP`,
   "iptables-legacy -P INPUT DROP; iptables-legacy -P OUTPUT DROP",
+  `ip6tables -P FORWARD DROP
+    ip6tables -A FORWARD -p icmpv6 -m icmp6 --icmpv6-type 133 -m hl --hl-eq 255 -j ACCEPT`,
+  "nft add table arp a; nft add chain arp a c '{ type filter hook input priority 0; }'",
 ];
 
 Deno.test("rules that let pods' packets pass are no trouble", async () => {
@@ -240,6 +243,46 @@ Deno.test("rules that let pods' packets pass are no trouble", async () => {
     await node.sh(rules);
     assertEquals(await check(node, ...PEER), [], rules);
   }
+});
+
+Deno.test("a firewall that lets in nobody but peers is no trouble", async () => {
+  await using node = await start();
+  const rule = (from: string) =>
+    nft(`type filter hook forward priority 0;
+      ip saddr != ${from} iifname "enp0s3" ct state new drop`);
+  await node.sh(rule("10.0.2.99"));
+  assertEquals(await check(node), []);
+  const { message } = await only(node, ...PEER);
+  assertEquals(message, "table inet other has a rule that drops pods' packets");
+  await node.sh("nft flush chain inet other passing; " + rule("10.0.2.14"));
+  assertEquals(await check(node, ...PEER), []);
+});
+
+Deno.test("a table that ends with its program, as firewalld's, is tried", async () => {
+  await using node = await start();
+  await node.sh(`(
+      echo 'add table inet own { flags owner; }'
+      echo 'add chain inet own c { type filter hook forward priority 9; }'
+      echo 'add rule inet own c oifname "enp0s3" drop'
+      sleep 9
+    ) 2>&- | nft -i > /dev/null 2>&1 &
+    until nft list chain inet own c | grep -q drop; do sleep 0.1; done`);
+  const { message, mend } = await only(node, ...PEER);
+  assertEquals(message, "table inet own has a rule that drops pods' packets");
+  assertEquals(mend, "nft list table inet own");
+});
+
+Deno.test("rules that can't be tried are told", async () => {
+  await using node = await start();
+  await node.sh(`mkdir /opt/shims
+    printf '#!/bin/sh\\necho sorry >&2; exit 1\\n' > /opt/shims/iptables-restore
+    chmod +x /opt/shims/*`);
+  const path = `PATH=/opt/shims:${Deno.env.get("PATH")}`;
+  const { code, stdout } = await node.run(
+    ...["env", path, ...NODE_SETUP, "--check", ...PEER],
+  );
+  assertEquals(code, 1);
+  assertMatch(stdout, /^BAD {2}Cannot try iptables\n {5}sorry$/m);
 });
 
 /** What leads packets astray, what is said, and what takes it away again. */
