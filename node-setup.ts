@@ -320,8 +320,7 @@ async function waysTo(ips: string[], oif = "") {
 
 /** Runs what is missing, or with --delete takes back what is there. */
 async function apply(setup: Setup) {
-  const { flags } = setup;
-  const { todo, rest } = plan(setup);
+  const { flags, todo, rest } = { ...setup, ...plan(setup) };
   const all = todo.map(([, line]) => flags.delete ? opposite(line) : line);
   // The routes to a thousand nodes are one process.
   const ip = "ip -force -batch -";
@@ -363,7 +362,7 @@ async function look(flags: Flags): Promise<Set<string>> {
 
 /** A copy of the node with one set of its rules, through which two call. */
 const COPY = `set -e; mount -t tmpfs tmpfs /var/run
-$0 > /var/run/rules || exit 0
+$0 > /var/run/rules && [ -s /var/run/rules ] || exit 0
 for it in node pod host; do ip netns add $it; done
 at() { nsenter --net=/var/run/netns/"$@"; }
 join() {
@@ -378,6 +377,7 @@ ls /sys/class/net | grep -owFf - /var/run/rules |
   sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
+# A table that has an owner would be gone when nft ends.
 sed "/^\\tflags owner/d" /var/run/rules | at node $1
 at pod timeout 2 bash -c "echo > /dev/tcp/$7/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
