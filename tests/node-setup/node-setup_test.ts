@@ -1,7 +1,6 @@
 /** node-setup.ts on the real tables of nodes, and what it refuses. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { parsePodCIDR } from "../../ipam.ts";
 import { CONF, Node, NODE_SETUP, type Output, run } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 import SHAPES from "./nodes.json" with { type: "json" };
