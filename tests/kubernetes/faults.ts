@@ -179,7 +179,8 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       await world.kubernetes.install({ cniVersion: world.cniVersion });
       await world.apply(deployment("node1"), deployment("node2"));
       for (const { name } of nodes) await world.scale(name, 2);
-      for (const node of nodes) await node.sh(SETUP);
+      // No rule of a real kube-proxy looks like one that drops.
+      for (const node of nodes) await node.sh(`${SETUP} && ${SETUP} --check`);
     }],
     ["a kubelet is killed and started", 5, async (world) => {
       const { node2 } = world.kubernetes;
