@@ -394,7 +394,7 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   // Who is to be reached: by peers a pod as well, by the world it need not be.
   const host = [dev, prefsrc, ip, "host", ...peers.length ? ["pod"] : []];
   // iptables tells how many packets each rule and policy has had.
-  const used = /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:\S+ DROP(?= \[[1-9])/m;
+  const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:\S+ DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
   const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
   const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
@@ -408,7 +408,7 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
     const load = isTable ? "nft -f -" : `${by}-restore`;
     const args = ["-m", "sh", "-c", COPY, list, load, ...pod, ...host];
     const { code, stdout, stderr } = await plugin.run("unshare", args);
-    const [rule = "has a rule that"] = used.exec(stdout) ?? [];
+    const [rule = "has a rule that"] = drop.exec(stdout) ?? [];
     const isFar = isTable || /ROUTING/.test(rule);
     const mend = isFar ? list : `for way in -s -d; do ${by} ${accept}; done`;
     if (code && !(isTwin && isTable)) found.push([`Cannot try ${by}`, stderr]);
