@@ -182,10 +182,12 @@ for (const [symptom, fault, says] of RULES) {
   Deno.test(`pods reach nobody: ${symptom}`, async () => {
     await using node = await start();
     await node.sh(fault);
-    const { message, mend } = await only(node, ...PEER);
-    assertMatch(message, new RegExp(`^${says} pods' packets$`));
     // A run warns of it as well.
-    const { code, stderr } = await node.run(...NODE_SETUP, ...PEER);
+    const [{ message, mend }, { code, stderr }] = await Promise.all([
+      only(node, ...PEER),
+      node.run(...NODE_SETUP, ...PEER),
+    ]);
+    assertMatch(message, new RegExp(`^${says} pods' packets$`));
     assertEquals(code, 0);
     assert(stderr.includes(`Warning: ${message}\n  ${mend}\n`), stderr);
     // What is to be pasted mends it, or shows rules that others look after.
