@@ -372,47 +372,53 @@ join() {
   ip -n $1 link set eth0 up; ip -n $1 route add default via $3
 }
 join pod $2 $3 $4; join host $5 $6 $7
-# Rules name the node's other devices, and sets of addresses.
-ls /sys/class/net | grep -owFf - /var/run/rules |
+ip -n host addr add $8 dev eth0; ip -n node route replace $8 via $7
+# What rules name has to be there, but counters; no owner is there for a table.
+ls /sys/class/net | grep -owFf - /var/run/rules | sort -u |
   sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
-# A table that has an owner would be gone when nft ends.
-sed "/^\\tflags owner/d" /var/run/rules | at node $1
-at pod timeout 2 bash -c "echo > /dev/tcp/$7/9" &
+sed "/^\\tflags owner/d; s/-m nfacct --nfacct-name [^ ]* //" /var/run/rules |
+  at node $1
+at pod timeout 2 bash -c "echo > /dev/tcp/$8/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
 # Nobody listens there: a call that gets through is refused.
-wait; shift 7; refusals=$(for it; do at $it nstat -asz TcpOutRsts; done)
-[ $(echo "$refusals" | grep -c " [1-9]") = $# ] || at node $0`;
+wait; shift 8; refusals=$(for it; do at $it nstat -asz TcpOutRsts; done)
+[ $(echo "$refusals" | grep -c " [1-9]") = $# ] ||
+  at node $0 | sed "/^\\*[^f]/,/^COMMIT/d"`;
 
 /** The rules that drop the pods' packets, though ours may be there. */
 async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
-  const ip = peers[0]?.ip ?? "1.1.1.1"; // no packet leaves the copy
-  const ways = await waysTo([ip], flags.dev && ` oif ${flags.dev}`);
-  const { dev = "eth0", prefsrc = "10.0.2.15" } = ways.get(ip) ?? {};
+  const [peer] = peers;
+  const to = peer ? ipam.address(peer.podCIDR, 2) : "1.1.1.1"; // stays in there
+  const from = peer && !flags["keep-source"] ? peer.ip : to;
+  const ways = await waysTo([peer?.ip ?? to], flags.dev && ` oif ${flags.dev}`);
+  const [{ dev, prefsrc } = { dev: "eth0", prefsrc: "10.0.2.15" }] = ways
+    .values();
   const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
   // Who is to be reached: by peers a pod as well, by the world it need not be.
-  const host = [dev, prefsrc, ip, "host", ...peers.length ? ["pod"] : []];
+  const host = [dev, prefsrc, from, to, "host", ...peer ? ["pod"] : []];
   // iptables tells how many packets each rule and policy has had.
-  const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:\S+ DROP(?= \[[1-9])/m;
+  const drop =
+    /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:FORWARD DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
   const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
   const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
   const found: Trouble[] = [];
-  for (const by of ["iptables", "iptables-legacy", "iptables-nft", ...tables]) {
+  for (const by of ["iptables-nft", "iptables-legacy", ...tables]) {
     const isTable = by.startsWith("table");
-    // iptables is one of two others; nft lists its rules, but can't read them.
-    const isTwin = /^iptables-|^table ip (filter|nat|mangle|raw)$/.test(by);
+    // These are iptables-nft's own; nft lists them, but can't read all again.
+    const isTwin = /^table ip (filter|nat|mangle|raw|security)$/.test(by);
     if (isTwin && found.length) continue;
     const list = isTable ? `nft list ${by}` : `${by}-save -c`;
     const load = isTable ? "nft -f -" : `${by}-restore`;
     const args = ["-m", "sh", "-c", COPY, list, load, ...pod, ...host];
     const { code, stdout, stderr } = await plugin.run("unshare", args);
-    const [rule = "has a rule that"] = drop.exec(stdout) ?? [];
-    const isFar = isTable || /ROUTING/.test(rule);
-    const mend = isFar ? list : `for way in -s -d; do ${by} ${accept}; done`;
-    if (code && !(isTwin && isTable)) found.push([`Cannot try ${by}`, stderr]);
-    if (stdout) found.push([`${by} ${rule} drops pods' packets`, mend]);
+    const rule = drop.exec(stdout)?.[0];
+    const mend = rule ? `for way in -s -d; do ${by} ${accept}; done` : list;
+    const what = `${by} ${rule ?? "has a rule that"} drops pods' packets`;
+    if (code && !isTwin) found.push([`Cannot try ${by}`, stderr]);
+    if (stdout) found.push([what, mend]);
   }
   return found;
 }

@@ -88,8 +88,8 @@ const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
   [
     "pods reach nobody, though iptables -S shows our rules: a rule before them",
     "iptables -I FORWARD -j DROP",
-    /^iptables -A FORWARD -j DROP drops/,
-    /^for way in -s -d; do iptables -I FORWARD \$way 10\.240\.0\.0\/24 /,
+    /^iptables-nft -A FORWARD -j DROP drops/,
+    /^for way in -s -d; do iptables-nft -I FORWARD \$way 10\.240\.0\.0\/24 /,
   ],
 ];
 
@@ -110,18 +110,18 @@ const RULES: [symptom: string, fault: string, says: string][] = [
     `iptables -N FW
       iptables -I FORWARD -m comment --comment "a b" -j FW
       iptables -A FW -i enp0s3 -m conntrack --ctstate NEW -j DROP`,
-    "iptables -A FW -i enp0s3 -m conntrack .* -j DROP drops",
+    "iptables-nft -A FW -i enp0s3 -m conntrack .* -j DROP drops",
   ],
   [
     "a rule of iptables before the routing",
     "iptables -t raw -A PREROUTING -s 10.240.0.0/24 -j DROP",
-    "iptables -A PREROUTING -s 10\\.240\\.0\\.0/24 -j DROP drops",
+    "iptables-nft has a rule that drops",
   ],
   [
     "a set of addresses that a rule of iptables names",
     `ipset create bad hash:net; ipset add bad 10.240.0.0/16
       iptables -I FORWARD -m set --match-set bad src -j REJECT`,
-    "iptables -A FORWARD -m set --match-set bad src -j REJECT .* drops",
+    "iptables-nft -A FORWARD -m set --match-set bad src -j REJECT .* drops",
   ],
   [
     "a policy of nftables",
@@ -192,7 +192,7 @@ for (const [symptom, fault, says] of RULES) {
     assert(stderr.includes(`Warning: ${message}\n  ${mend}\n`), stderr);
     // What is to be pasted mends it, or shows rules that others look after.
     const shown = await node.sh(mend);
-    if (mend.includes("iptables-save")) {
+    if (mend.includes("iptables-nft-save")) {
       assertMatch(shown, /PREROUTING.*DROP/);
       await node.sh("iptables -t raw -F");
     }
@@ -279,14 +279,14 @@ Deno.test("a table that ends with its program, as firewalld's, is tried", async 
 Deno.test("rules that can't be tried are told", async () => {
   await using node = await start();
   await node.sh(`mkdir /opt/shims
-    printf '#!/bin/sh\\necho sorry >&2; exit 1\\n' > /opt/shims/iptables-restore
+    printf '#!/bin/sh\\necho sorry >&2; exit 1\\n' > /opt/shims/iptables-nft-restore
     chmod +x /opt/shims/*`);
   const path = `PATH=/opt/shims:${Deno.env.get("PATH")}`;
   const { code, stdout } = await node.run(
     ...["env", path, ...NODE_SETUP, "--check", ...PEER],
   );
   assertEquals(code, 1);
-  assertMatch(stdout, /^BAD {2}Cannot try iptables\n {5}sorry$/m);
+  assertMatch(stdout, /^BAD {2}Cannot try iptables-nft\n {5}sorry$/m);
 });
 
 /** What leads packets astray, what is said, and what takes it away again. */

@@ -335,7 +335,7 @@ Deno.test("node-setup.ts says which rule drops before its own", async () => {
     iptables -A FORWARD -j DROP`);
   const { code, stderr } = await setup(node, PEER);
   assertEquals(code, 0);
-  assertMatch(stderr, /^Warning: iptables -A DOCKER-USER -j REJECT/);
+  assertMatch(stderr, /^Warning: iptables-nft -A DOCKER-USER -j REJECT/);
   assertEquals(stderr.match(/Warning/g)?.length, 1);
 });
 
