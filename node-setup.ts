@@ -204,7 +204,6 @@ async function learn(flags: Flags) {
   const ranges = [...links.map(({ cidr }) => cidr), own.text];
   const routes = Map.groupBy(there, (it) => / add \D*([\d./]+)/.exec(it)?.[1]);
   const peers: Peer[] = [];
-  /** Why a peer can't be used so, if it can't. */
   const refuse = ({ ip, podCIDR, dev }: Peer): Trouble[] => {
     const { type, gateway } = ways.get(ip) ?? {};
     const taken = ranges.find((range) => ipam.overlaps(podCIDR, range));
@@ -361,46 +360,41 @@ async function look(flags: Flags): Promise<Set<string>> {
 }
 
 /** A copy of the node with one set of its rules, through which two call. */
-const COPY = `set -e; mount -t tmpfs tmpfs /var/run
+const COPY = `timeout 25 unshare -m sh -ec 'mount -t tmpfs tmpfs /var/run
 $0 > /var/run/rules && [ -s /var/run/rules ] || exit 0
-for it in node pod host; do ip netns add $it; done
 at() { nsenter --net=/var/run/netns/"$@"; }
 join() {
-  ip -n node link add $2 up type veth peer name eth0 netns $1
+  ip netns add $1; ip -n node link add $2 up type veth peer name eth0 netns $1
   ip -n node addr add $3 peer $4 dev $2
   ip -n $1 addr add $4 peer $3 dev eth0
   ip -n $1 link set eth0 up; ip -n $1 route add default via $3
 }
-join pod $2 $3 $4; join host $5 $6 $7
+ip netns add node; join pod $2 $3 $4; join host $5 $6 $7
 ip -n host addr add $8 dev eth0; ip -n node route replace $8 via $7
-# What rules name has to be there, but counters; no owner is there for a table.
+# Rules name devices and sets. Counters and owners of tables are left out.
 ls /sys/class/net | grep -owFf - /var/run/rules | sort -u |
   sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
-sed "/^\\tflags owner/d; s/-m nfacct --nfacct-name [^ ]* //" /var/run/rules |
-  at node $1
+sed "/^\\tflags owner/d; s/-m nfacct [^ ]* *[^ ]*//" /var/run/rules | at node $1
 at pod timeout 2 bash -c "echo > /dev/tcp/$8/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
-# Nobody listens there: a call that gets through is refused.
-wait; shift 8; refusals=$(for it; do at $it nstat -asz TcpOutRsts; done)
-[ $(echo "$refusals" | grep -c " [1-9]") = $# ] ||
-  at node $0 | sed "/^\\*[^f]/,/^COMMIT/d"`;
+# Nobody listens: a call that gets through is refused.
+wait; shift 8; for it; do at $it nstat -asz TcpOutRsts | grep -q " [1-9]" ||
+  at node $0 | sed "/^\\*[^f]/,/^COMMIT/d"; done' "$0" "$@"`;
 
-/** The rules that drop the pods' packets, though ours may be there. */
+/** The rules that drop a pod's packets from and to a peer, or the world. */
 async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   const [peer] = peers;
-  const to = peer ? ipam.address(peer.podCIDR, 2) : "1.1.1.1"; // stays in there
-  const from = peer && !flags["keep-source"] ? peer.ip : to;
-  const ways = await waysTo([peer?.ip ?? to], flags.dev && ` oif ${flags.dev}`);
-  const [{ dev, prefsrc } = { dev: "eth0", prefsrc: "10.0.2.15" }] = ways
-    .values();
+  const hop = peer?.ip ?? "1.1.1.1"; // no packet leaves the copy
+  const to = peer ? ipam.address(peer.podCIDR, 2) : hop;
+  const from = flags["keep-source"] ? to : hop;
+  const ways = await waysTo([hop], flags.dev && ` oif ${flags.dev}`);
+  const { dev = "eth0", prefsrc = "10.0.2.15" } = ways.get(hop) ?? {};
   const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
-  // Who is to be reached: by peers a pod as well, by the world it need not be.
   const host = [dev, prefsrc, from, to, "host", ...peer ? ["pod"] : []];
   // iptables tells how many packets each rule and policy has had.
-  const drop =
-    /(?<=^\[[1-9]\S* ).*-j (DROP|REJECT).*|^:FORWARD DROP(?= \[[1-9])/m;
+  const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJ).*|^:FORWARD DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
   const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
   const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
@@ -412,8 +406,8 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
     if (isTwin && found.length) continue;
     const list = isTable ? `nft list ${by}` : `${by}-save -c`;
     const load = isTable ? "nft -f -" : `${by}-restore`;
-    const args = ["-m", "sh", "-c", COPY, list, load, ...pod, ...host];
-    const { code, stdout, stderr } = await plugin.run("unshare", args);
+    const args = ["-c", COPY, list, load, ...pod, ...host];
+    const { code, stdout, stderr } = await plugin.run("sh", args);
     const rule = drop.exec(stdout)?.[0];
     const mend = rule ? `for way in -s -d; do ${by} ${accept}; done` : list;
     const what = `${by} ${rule ?? "has a rule that"} drops pods' packets`;

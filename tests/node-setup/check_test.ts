@@ -124,6 +124,16 @@ const RULES: [symptom: string, fault: string, says: string][] = [
     "iptables-nft -A FORWARD -m set --match-set bad src -j REJECT .* drops",
   ],
   [
+    "a rule for a peer's pods",
+    "iptables -I FORWARD -d 10.240.1.0/24 -j REJECT",
+    "iptables-nft -A FORWARD -d 10.240.1.0/24 -j REJECT .* drops",
+  ],
+  [
+    "a rule of another table",
+    "iptables -t mangle -A FORWARD -i cni0 -j DROP; iptables -P OUTPUT DROP",
+    "iptables-nft has a rule that drops",
+  ],
+  [
     "a policy of nftables",
     nft("type filter hook forward priority 9; policy drop;"),
     "table inet other has a rule that drops",
@@ -193,8 +203,8 @@ for (const [symptom, fault, says] of RULES) {
     // What is to be pasted mends it, or shows rules that others look after.
     const shown = await node.sh(mend);
     if (mend.includes("iptables-nft-save")) {
-      assertMatch(shown, /PREROUTING.*DROP/);
-      await node.sh("iptables -t raw -F");
+      assertMatch(shown, /(PREROUTING|FORWARD).* DROP/);
+      await node.sh("iptables -t raw -F; iptables -t mangle -F");
     }
     if (mend.startsWith("nft list ")) {
       assertMatch(shown, /drop|reject/);
@@ -234,6 +244,12 @@ END`,
     iptables -I FORWARD -p udp -j DROP
     iptables -I FORWARD -m conntrack --ctstate INVALID -j DROP`,
   "iptables-legacy -P INPUT DROP; iptables-legacy -P OUTPUT DROP",
+  // As kube-proxy writes it.
+  `nfacct add invalid; iptables -N KUBE-FORWARD; iptables -I FORWARD -j KUBE-FORWARD
+    iptables -A KUBE-FORWARD -m conntrack --ctstate INVALID \\
+      -m nfacct --nfacct-name invalid -j DROP`,
+  `iptables -P FORWARD DROP
+    iptables -A FORWARD -i enp0s3 ! -s 10.0.2.14 -m conntrack --ctstate NEW -j DROP`,
   `ip6tables -P FORWARD DROP
     ip6tables -A FORWARD -p icmpv6 -m icmp6 --icmpv6-type 133 -m hl --hl-eq 255 -j ACCEPT`,
   "nft add table arp a; nft add chain arp a c '{ type filter hook input priority 0; }'",
@@ -260,6 +276,22 @@ Deno.test("a firewall that lets in nobody but peers is no trouble", async () => 
   assertEquals(await check(node, ...PEER), []);
 });
 
+Deno.test("a firewall that does not know a peer's pods, who keep their source", async () => {
+  await using node = await start();
+  await node.sh(nft(`type filter hook forward priority 0; policy drop;
+    ct state established accept
+    iifname "cni0" accept
+    ip saddr 10.0.2.14 accept`));
+  assertEquals(await check(node, ...PEER), []);
+  await node.sh(`${NODE_SETUP.join(" ")} ${PEER.join(" ")} --keep-source`);
+  const { message } = await only(node, ...PEER, "--keep-source");
+  assertEquals(message, "table inet other has a rule that drops pods' packets");
+  await node.sh(
+    "nft add rule inet other passing ip saddr 10.240.1.0/24 accept",
+  );
+  assertEquals(await check(node, ...PEER, "--keep-source"), []);
+});
+
 Deno.test("a table that ends with its program, as firewalld's, is tried", async () => {
   await using node = await start();
   await node.sh(`(
@@ -274,6 +306,30 @@ Deno.test("a table that ends with its program, as firewalld's, is tried", async 
   const { message, mend } = await only(node, ...PEER);
   assertEquals(message, "table inet own has a rule that drops pods' packets");
   assertEquals(mend, "nft list table inet own");
+});
+
+Deno.test("pods do not reach the internet: a rule for what is no peer", async () => {
+  await using node = await start();
+  await node.sh("iptables -I FORWARD ! -d 10.0.0.0/8 -i cni0 -j DROP");
+  assertEquals(await check(node, ...PEER), []);
+  const { message, mend } = await only(node);
+  assertMatch(message, /^iptables-nft -A FORWARD ! -d 10\.0\.0\.0\/8 .* drops/);
+  await node.sh(mend);
+  assertEquals(await check(node), []);
+});
+
+Deno.test("a run without unshare ends well, and warns", async () => {
+  await using node = await start();
+  await node.sh(`iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT
+    mkdir /opt/tools; ln -sf $(ls -d /bin/* /sbin/* | grep -v unshare) /opt/tools`);
+  const { code, stdout, stderr } = await node.run(
+    ...["env", "PATH=/opt/tools", ...NODE_SETUP, ...PEER],
+  );
+  assertEquals([code, stdout.split("\n").at(-2)], [
+    0,
+    "# 1 new, 6 there already",
+  ]);
+  assertMatch(stderr, /^Warning: Cannot try iptables-nft\n {2}.*unshare/);
 });
 
 Deno.test("rules that can't be tried are told", async () => {

@@ -77,6 +77,7 @@ const TOOLS: Record<string, string> = {
   ipset: "ipset",
   iptables: "iptables",
   mount: "mount",
+  nfacct: "nfacct",
   nft: "nftables",
   nsenter: "util-linux",
   perl: "perl-base",
