@@ -39,7 +39,7 @@ const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
 const LOOK = `set -eo pipefail; ip -oneline route show |
   sed -E "s/ (dead|linkdown)\\b//g; s/ *$//; s/^/ip route add /"
 sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables |
-  sed "s/ = /=/; s/^/sysctl -w /"
+  sed "s/ = /=/; s/^/sysctl -w /; /bridge-nf/i ${MODPROBE}"
 iptables -w -S FORWARD | sed "s/^/iptables /"
 iptables -w -t nat -S POSTROUTING | sed "s/^/iptables -t nat /"`;
 
@@ -353,7 +353,6 @@ async function look(flags: Flags): Promise<Set<string>> {
   if (code) fail(1, "Cannot look at the node", stderr);
   if (stderr) console.error(stderr);
   const there = stdout.split("\n");
-  if (stdout.includes("bridge-nf")) there.push(MODPROBE);
   // Others may keep the same route, with words of their own behind it.
   const bare = there.map((line) => line.replace(/( dev \S+) .*/, "$1"));
   return new Set(flags.delete ? there : [...there, ...bare]);
@@ -377,22 +376,23 @@ ls /sys/class/net | grep -owFf - /var/run/rules | sort -u |
 ipset save 2>&- | at node ipset restore 2>&- || :
 at node sysctl -qw net.ipv4.ip_forward=1
 sed "/^\\tflags owner/d; s/-m nfacct [^ ]* *[^ ]*//" /var/run/rules | at node $1
+for way in -s -d; do at node iptables -w -A FORWARD $way $9 -j ACCEPT; done
 at pod timeout 2 bash -c "echo > /dev/tcp/$8/9" &
 at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
 # Nobody listens: a call that gets through is refused.
-wait; shift 8; for it; do at $it nstat -asz TcpOutRsts | grep -q " [1-9]" ||
+wait; shift 9; for it; do at $it nstat -asz TcpOutRsts | grep -q " [1-9]" ||
   at node $0 | sed "/^\\*[^f]/,/^COMMIT/d"; done' "$0" "$@"`;
 
-/** The rules that drop a pod's packets from and to a peer, or the world. */
+/** The rules that drop a pod's packets, also if ours are (or were) there. */
 async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   const [peer] = peers;
   const hop = peer?.ip ?? "1.1.1.1"; // no packet leaves the copy
   const to = peer ? ipam.address(peer.podCIDR, 2) : hop;
   const from = flags["keep-source"] ? to : hop;
   const ways = await waysTo([hop], flags.dev && ` oif ${flags.dev}`);
-  const { dev = "eth0", prefsrc = "10.0.2.15" } = ways.get(hop) ?? {};
+  const { dev = "eth0", prefsrc: me = "10.0.2.15" } = ways.get(hop) ?? {};
   const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
-  const host = [dev, prefsrc, from, to, "host", ...peer ? ["pod"] : []];
+  const host = [dev, me, from, to, own.text, "host", ...peer ? ["pod"] : []];
   // iptables tells how many packets each rule and policy has had.
   const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJ).*|^:FORWARD DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;

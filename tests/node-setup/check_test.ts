@@ -86,6 +86,12 @@ const FAULTS: [symptom: string, fault: string, says: RegExp, mend: RegExp][] = [
     /^ip route add 10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s3$/,
   ],
   [
+    "the same where FORWARD drops what no rule accepts",
+    "iptables -P FORWARD DROP; iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT",
+    /FORWARD lacks a rule/,
+    /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
+  ],
+  [
     "pods reach nobody, though iptables -S shows our rules: a rule before them",
     "iptables -I FORWARD -j DROP",
     /^iptables-nft -A FORWARD -j DROP drops/,
