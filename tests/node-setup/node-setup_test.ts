@@ -410,7 +410,8 @@ Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
   // And iptables waits for its turn.
   const iptables = calls.filter((call) => call.startsWith("iptables "));
   assert(iptables.every((call) => call.startsWith("iptables -w -")));
-  assert(iptables.length < 30, iptables.join("\n"));
+  // Two for each copy of the node, of which a run may make four.
+  assert(iptables.length < 30 + 2 * 8, `${iptables.length} calls`);
 });
 
 Deno.test("node-setup.ts --nodes joins the pods of three nodes", async () => {
