@@ -312,8 +312,8 @@ async function findConf(given?: string, range?: string): Promise<plugin.Any> {
 
 /** The way that the kernel takes to each address, but where it refuses. */
 async function waysTo(ips: string[], oif = "") {
-  const lines = ips.map((ip) => `route get ${ip}${oif}`).join("\n");
-  const answers = await plugin.ip(lines, "-force").catch(() => []);
+  const lines = Array.from(new Set(ips), (ip) => `route get ${ip}${oif}`);
+  const answers = await plugin.ip(lines.join("\n"), "-force").catch(() => []);
   return new Map(answers.map(([way]) => [way.dst, way]));
 }
 

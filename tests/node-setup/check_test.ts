@@ -146,13 +146,7 @@ const RULES: [symptom: string, fault: string, says: string][] = [
   ],
   [
     "nftables' own table, by the name of one of iptables'",
-    `iptables -P FORWARD ACCEPT; nft -f - <<END
-table ip filter {
-  chain forward {
-    type filter hook forward priority 9; policy drop;
-  }
-}
-END`,
+    nft("type filter hook forward priority 9; policy drop;", "ip filter"),
     "table ip filter has a rule that drops",
   ],
   [
@@ -181,9 +175,9 @@ END`,
 ];
 
 /** The commands that make a table of nftables besides iptables'. */
-function nft(chain: string): string {
+function nft(chain: string, table = "inet other"): string {
   return `nft -f - <<END
-table inet other {
+table ${table} {
   chain trusted {
     accept
   }
@@ -236,13 +230,10 @@ const HARMLESS = [
     fib saddr . iif oif missing drop`),
   nft("type filter hook input priority 0; policy drop;"),
   nft("type filter hook output priority 0; policy drop;"),
-  `nft -f - <<END
-table netdev other {
-  chain ingress {
-    type filter hook ingress device "unplugged" priority 0; policy drop;
-  }
-}
-END`,
+  nft(
+    'type filter hook ingress device "unplugged" priority 0; policy drop;',
+    "netdev other",
+  ),
   `iptables -I FORWARD -m physdev --physdev-is-bridged -j ACCEPT
     iptables -t mangle -A PREROUTING -m recent --name x --set
     iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j RETURN
