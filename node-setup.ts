@@ -138,10 +138,10 @@ async function check(flags: Flags): Promise<void> {
   };
   const orTell = (it: CNIError) => tell("", [[it.message, it.details]]);
   const conf = findConf(flags.conf);
-  await conf.then((it) => plugin.lookAtBridge(ipam.parsePodCIDR(it.podcidr)))
+  await conf.then((it) => plugin.lookAtNode(ipam.parsePodCIDR(it.podcidr)))
     .then(() => tell("The conf and cni0 are well"), orTell);
   const mend = `install -D dist/custom-cni ${BINARY}`;
-  const starts = await plugin.run(BINARY, []).then(() => true, () => false);
+  const starts = await plugin.run([BINARY]).then(() => true, () => false);
   tell(`${BINARY} starts`, starts ? [] : [[`${BINARY} does not start`, mend]]);
   const setup = await learn(flags).catch(orTell);
   if (!setup) return;
@@ -152,7 +152,8 @@ async function check(flags: Flags): Promise<void> {
   tell("No rule drops pods' packets", await drops(setup));
   tell("No route leads pods' packets astray", await strays(setup));
   const { mtu: sent = 1500 } = await conf.catch(() => ({}));
-  const [links, routes] = await plugin.ip("link show\nroute show default");
+  const links = await plugin.ip("link show");
+  const routes = await plugin.ip("route show default");
   const nics = [...setup.peers, ...routes].map(({ dev }) => dev);
   const what = `The conf lets pods send ${sent} bytes at once, too many for`;
   const narrow = links.filter((it) => nics.includes(it.ifname) && it.mtu < sent)
@@ -314,7 +315,7 @@ async function findConf(given?: string, range?: string): Promise<plugin.Any> {
 async function waysTo(ips: string[], oif = "") {
   const lines = Array.from(new Set(ips), (ip) => `route get ${ip}${oif}`);
   const answers = await plugin.ip(lines.join("\n"), "-force").catch(() => []);
-  return new Map(answers.map(([way]) => [way.dst, way]));
+  return new Map(answers.map((way) => [way.dst, way]));
 }
 
 /** Runs what is missing, or with --delete takes back what is there. */
@@ -333,7 +334,7 @@ async function apply(setup: Setup) {
     // kube-proxy and Docker write to the tables too: wait for their lock.
     if (program === "iptables") args.unshift("-w");
     const input = lines.map((line) => line.replace("ip ", "")).join("\n");
-    const { code, stderr } = await plugin.run(program, args, input);
+    const { code, stderr } = await plugin.run([program, ...args], input);
     changed += code ? 0 : lines.length;
     const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
     const error = `${lines[failed - 1]}: ${stderr}`;
@@ -349,7 +350,7 @@ async function apply(setup: Setup) {
 /** Learns what there is; only root may look at more than the routes. */
 async function look(flags: Flags): Promise<Set<string>> {
   const script = flags["dry-run"] ? LOOK.split("\nsysctl")[0] : LOOK;
-  const { code, stdout, stderr } = await plugin.run("bash", ["-c", script]);
+  const { code, stdout, stderr } = await plugin.run(["bash", "-c", script]);
   if (code) fail(1, "Cannot look at the node", stderr);
   if (stderr) console.error(stderr);
   const there = stdout.split("\n");
@@ -396,7 +397,7 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
   // iptables tells how many packets each rule and policy has had.
   const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJ).*|^:FORWARD DROP(?= \[[1-9])/m;
   const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
-  const { stdout } = await plugin.run("sh", ["-c", "nft list tables"]);
+  const { stdout } = await plugin.run(["sh", "-c", "nft list tables"]);
   const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
   const found: Trouble[] = [];
   for (const by of ["iptables-nft", "iptables-legacy", ...tables]) {
@@ -407,7 +408,7 @@ async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
     const list = isTable ? `nft list ${by}` : `${by}-save -c`;
     const load = isTable ? "nft -f -" : `${by}-restore`;
     const args = ["-c", COPY, list, load, ...pod, ...host];
-    const { code, stdout, stderr } = await plugin.run("sh", args);
+    const { code, stdout, stderr } = await plugin.run(["sh", ...args]);
     const rule = drop.exec(stdout)?.[0];
     const mend = rule ? `for way in -s -d; do ${by} ${accept}; done` : list;
     const what = `${by} ${rule ?? "has a rule that"} drops pods' packets`;

@@ -57,6 +57,14 @@ export const conf = (changes: Record<string, unknown>) => ({
   ...changes,
 });
 
+/** The one for the version that brought GC and STATUS. */
+export const CONF_1_1 = conf({ cniVersion: "1.1.0" });
+
+const PATH = Deno.env.get("PATH")!;
+
+/** A PATH on which the programs of `shim()` come first. */
+export const SHIM_PATH = `/opt/shims:${PATH}`;
+
 /** What an ADD answered: the pod's address, without its prefix. */
 export const addressOf = ({ json }: Answer): string =>
   json.ips[0].address.split("/")[0];
@@ -251,7 +259,7 @@ export class Node implements AsyncDisposable {
     const path = this.path(CONF_FILE);
     const conf = call.conf ?? await Deno.readTextFile(path);
     const variables = Object.entries({
-      PATH: Deno.env.get("PATH"),
+      PATH,
       CNI_COMMAND: verb,
       CNI_CONTAINERID: pod?.containerID,
       CNI_NETNS: pod?.netns,
@@ -291,6 +299,28 @@ export class Node implements AsyncDisposable {
   /** Runs a command line in a pod; throws unless it succeeds. */
   in(pod: Pod, line: string): Promise<string> {
     return this.sh(`ip netns exec ${pod.netns.split("/").pop()} ${line}`);
+  }
+
+  /** A packet there and back, from a pod or the node; throws if it's lost. */
+  ping(to: string, from?: Pod, wait = 5): Promise<string> {
+    const line = `ping -c1 -W${wait} ${to}`;
+    return from ? this.in(from, line) : this.sh(line);
+  }
+
+  /** Makes n the number that was given last. */
+  async setCounter(n: number): Promise<void> {
+    await this.sh(`echo ${n} > /tmp/last_allocated_ip`);
+  }
+
+  /**
+   * Writes a script that stands in for a program of its name, by SHIM_PATH. Its
+   * own PATH is the usual one, where it finds the program itself.
+   */
+  async shim(name: string, script: string): Promise<void> {
+    await this.sh("mkdir -p /opt/shims");
+    const text = `#!/bin/sh\nPATH="${PATH}"\n${script}\n`;
+    const file = this.path(`/opt/shims/${name}`);
+    await Deno.writeTextFile(file, text, { mode: 0o755 });
   }
 
   /** Starts a web server in a namespace of the node, until the node ends. */

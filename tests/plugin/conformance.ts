@@ -148,7 +148,10 @@ export const TABLE: Record<string, Record<string, Row>> = {
   },
   "1 Version: a plugin refuses what it does not know": {
     "ADD if the version is unknown": { versions: ["9.9.9"], code: 1 },
-    "DEL if the version is unknown": { versions: ["9.9.9"], code: 1 },
+    "DEL if the version is unknown, for a pod must be able to end": {
+      versions: ["9.9.9"],
+      peer: { code: 1, why: "asks first" },
+    },
     "CHECK if the version is unknown": { versions: ["9.9.9"], code: 1 },
     "ADD if the version is old or, as it was then, not given": {
       versions: ["0.1.0", "0.2.0", undefined],

@@ -6,7 +6,15 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
-import { type Answer, CONF, Node, type Pod, run } from "../lab/node.ts";
+import {
+  type Answer,
+  CONF,
+  CONF_1_1,
+  Node,
+  type Pod,
+  run,
+  SHIM_PATH,
+} from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
 /** How often: for CI, and for an hour of rest. */
@@ -22,29 +30,19 @@ function count(what: string, tried: number): void {
   figures[what] = { tried: (figures[what]?.tried ?? 0) + tried, lost: 0 };
 }
 
-const REST = Deno.env.get("PATH")!;
-const PATH = `/opt/shims:${REST}`;
 const SOON = 50; // milliseconds in which an `ip` without stdin has ended
 
 /** A node with a pod that must not lose its network. */
 class Place {
   constructor(readonly node: Node, readonly other: Pod & Answer) {}
 
-  static async prepare(conf: object = {}): Promise<Place> {
-    const all = { ...CONF, cniVersion: "1.1.0", ...conf };
-    const node = await Node.start("node2", all);
+  static async prepare(): Promise<Place> {
+    const node = await Node.start("node2", CONF_1_1);
     return new Place(node, await node.start("other"));
   }
 
   async [Symbol.asyncDispose]() {
     await this.node[Symbol.asyncDispose]();
-  }
-
-  /** A program that stands in for one on the PATH. */
-  async shim(name: string, script: string): Promise<void> {
-    await this.node.sh("mkdir -p /opt/shims");
-    const path = this.node.path(`/opt/shims/${name}`);
-    await Deno.writeTextFile(path, `#!/bin/sh\n${script}`, { mode: 0o755 });
   }
 
   /** DEL clears up after a harm, the pod can be added, the other still is. */
@@ -55,17 +53,13 @@ class Place {
     assertEquals(await node.listing(pod), before, what);
     const again = await node.cni("ADD", pod);
     assertEquals(again.code, 0, `${what}: ${again.stdout}`);
-    await node.in(pod, "ping -c1 -W2 10.240.0.1");
-    await node.in(other, "ping -c1 -W2 10.240.0.1");
+    await node.ping("10.240.0.1", pod, 2);
+    await node.ping("10.240.0.1", other, 2);
     assertEquals((await node.cni("DEL", pod)).code, 0, what);
     assertEquals(await node.listing(pod), before, what);
     await node.remove(pod);
   }
 }
-
-/** A line of a script that sets its variables: the plugin hands on none. */
-const values = (CALL: string, LINE: number) =>
-  `PATH=${REST} CALL=${CALL} LINE=${LINE}\n`;
 
 /** Milliseconds that a call takes here and now. */
 async function duration(call: () => Promise<unknown>): Promise<number> {
@@ -97,45 +91,54 @@ Deno.test("ADD and DEL may be killed at any moment", async () => {
   }
 });
 
-// Passes the lines on up to line LINE of the call, and kills the plugin. Then
-// `ip` sees the end of its stdin: it was killed in between, too.
-const KILLER =
-  `case $1 in -n) call=pod;; -force) call=force;; *) call=host;; esac
-  [ $call = $CALL ] || exec ip "$@"
-  plugin=$PPID n=0
+/**
+ * An ip that passes its lines on up to the one that a condition holds for, and
+ * kills the plugin. Then ip sees the end of its stdin: it was killed in between
+ * two lines, too. The plugin is the parent also under nsenter, which becomes
+ * the ip. What is to do is written into it: the plugin hands on no variables.
+ */
+const killer = (isLast: string) => `
+  plugin=$PPID
   while read -r line; do
     echo "$line"
-    n=$((n + 1))
-    [ $n != $LINE ] || { sleep 0.03; kill -9 $plugin; exit; }
+    echo "$line" >> /opt/shims/seen
+    ${isLast} || continue
+    sleep 0.03
+    kill -9 $plugin
+    exit
   done | exec ip "$@"`;
 
-/** How many lines each `ip` gets. */
-const LINES: [verb: string, CALL: string, lines: number][] = [
-  ["ADD", "host", 8],
-  ["ADD", "pod", 4],
-  ["DEL", "force", 3],
-];
+/** Whether it is the nth line of a call of the plugin, whichever ip gets it. */
+const isNth = (n: number) => `[ $(wc -l < /opt/shims/seen) = ${n} ]`;
+
+/** Whether it looks like that; the first such line is the last. */
+const isLike = (pattern: string) => `echo "$line" | grep -q '${pattern}'`;
+
+const KILLED = 137; // by SIGKILL
 
 Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
   await using place = await Place.prepare();
   const { node } = place;
-  for (const [verb, CALL, lines] of LINES) {
-    for (let line = 1;; line++) {
+  const lines = { ADD: 0, DEL: 0 };
+  for (const verb of ["ADD", "DEL"] as const) {
+    for (let n = 1;; n++) {
       const pod = await node.sandbox("pod");
       const before = await node.listing(pod);
       if (verb === "DEL") await node.cni("ADD", pod);
-      await place.shim("ip", values(CALL, line) + KILLER);
-      const { code } = await node.cni(verb, pod, { env: { PATH } });
+      await node.shim("ip", killer(isNth(n)));
+      const { code } = await node.cni(verb, pod, { env: { PATH: SHIM_PATH } });
       await run(["sleep", `${SOON / 1000}`]);
-      await place.recover(pod, before, `${verb} killed after ${CALL} ${line}`);
-      // 137 is SIGKILL; without it there was no such line.
-      if (code !== 137) {
-        assertEquals(line, lines + 1, `lines of ${verb}'s ${CALL}`);
+      await place.recover(pod, before, `${verb} killed after line ${n}`);
+      if (code !== KILLED) {
+        // There was no such line any more.
+        assertEquals(code, 0, verb);
         break;
       }
+      lines[verb]++;
       count("kills after a line", 1);
     }
   }
+  assert(lines.ADD > 5 && lines.DEL >= 1, Deno.inspect(lines));
 });
 
 Deno.test("GC finds what a killed ADD has left", async () => {
@@ -143,48 +146,77 @@ Deno.test("GC finds what a killed ADD has left", async () => {
   const { node, other } = place;
   const { containerID } = other;
   const valid = [{ containerID, ifname: "eth0" }];
-  const conf = { ...CONF, cniVersion: "1.1.0" };
-  const gc = { ...conf, "cni.dev/valid-attachments": valid };
+  const gc = { ...CONF_1_1, "cni.dev/valid-attachments": valid };
   const before = await node.listing();
-  for (const [CALL, LINE] of [["host", 7], ["pod", 1], ["pod", 4]] as const) {
+  // After each of these there is a veth pair, which GC finds by its alias.
+  const lines = [
+    "^link set veth.* master",
+    "^link set .*eth0 up",
+    "^route append",
+  ];
+  for (const last of lines) {
     const pod = await node.sandbox("pod");
-    await place.shim("ip", values(CALL, LINE) + KILLER);
-    await node.cni("ADD", pod, { env: { PATH } });
+    await node.shim("ip", killer(isLike(last)));
+    const { code } = await node.cni("ADD", pod, { env: { PATH: SHIM_PATH } });
+    assertEquals(code, KILLED, last);
     await run(["sleep", `${SOON / 1000}`]);
     await node.sh("rm -rf /opt/shims");
     assertEquals((await node.cni("GC", undefined, { conf: gc })).code, 0);
     await node.remove(pod);
-    assertEquals(await node.listing(), before, `${CALL} ${LINE}`);
+    assertEquals(await node.listing(), before, last);
     count("kills that GC cleared up", 1);
   }
 });
 
 /** Programs that stand in for those on the PATH, and what the error says. */
-const BROKEN: Record<string, [shims: Record<string, string>, says: RegExp]> = {
-  "ip is missing": [{}, /ip is not on the PATH/],
-  "ip fails": [{ ip: "exit 1" }, /ip/],
-  "ip hangs": [{ ip: "exec /bin/sleep 60" }, /30 seconds/],
-  "the pod's ip hangs": [{
-    ip: `PATH=${REST}
-      case $1 in -n) exec sleep 60;; *) exec ip "$@"; esac`,
-  }, /30 seconds/],
-  "ln is missing": [{ ip: `PATH=${REST} exec ip "$@"` }, /ln/],
-  "ln fails": [{
-    ip: `PATH=${REST} exec ip "$@"`,
-    ln: "echo no space left >&2; exit 1",
-  }, /no space left/],
+interface Broken {
+  shims: Record<string, string>;
+  isWithoutNsenter?: boolean;
+  says: RegExp;
+}
+
+const BROKEN: Record<string, Broken> = {
+  "ip is missing": { shims: {}, says: /ip is not on the PATH/ },
+  "ip fails": { shims: { ip: "exit 1" }, says: /ip/ },
+  "ip hangs": { shims: { ip: "exec sleep 60" }, says: /30 seconds/ },
+  "the pod's ip hangs": {
+    // It enters the namespace by itself, or was started in another than ours.
+    shims: {
+      ip: `[ "$1" != -n ] || exec sleep 60
+        [ /proc/$$/ns/net -ef /proc/$PPID/ns/net ] || exec sleep 60
+        exec ip "$@"`,
+      ln: 'exec ln "$@"',
+    },
+    says: /30 seconds/,
+  },
+  "nsenter is missing": {
+    shims: { ip: 'exec ip "$@"', ln: 'exec ln "$@"' },
+    isWithoutNsenter: true,
+    says: /nsenter is not on the PATH/,
+  },
+  "ln is missing": { shims: { ip: 'exec ip "$@"' }, says: /ln/ },
+  "ln fails": {
+    shims: { ip: 'exec ip "$@"', ln: "echo no space left >&2; exit 1" },
+    says: /no space left/,
+  },
 };
 
 Deno.test("a program that is missing, fails or hangs undoes an ADD", async () => {
   // At once, since two of them wait for half a minute.
   const cases = Object.entries(BROKEN);
-  await Promise.all(cases.map(async ([what, [shims, says]]) => {
+  await Promise.all(cases.map(async ([what, broken]) => {
     await using place = await Place.prepare();
     const { node } = place;
     const pod = await node.sandbox("pod");
     const before = await node.listing(pod);
+    const { shims, isWithoutNsenter, says } = broken;
+    await node.sh("mkdir /opt/shims");
+    if (!isWithoutNsenter) {
+      // The real one, since a shim's starts the ip of another PATH.
+      await node.sh("ln -s $(command -v nsenter) /opt/shims");
+    }
     for (const [name, script] of Object.entries(shims)) {
-      await place.shim(name, script);
+      await node.shim(name, script);
     }
     const env = { PATH: "/opt/shims" };
     const { code, json, stdout } = await node.cni("ADD", pod, { env });
@@ -341,7 +373,7 @@ Deno.test("a log that cannot be written fails no pod", async () => {
     await using node = await Node.start("node2");
     await node.sh(harm);
     const pod = await node.start("pod");
-    await node.in(pod, "ping -c1 -W2 10.240.0.1");
+    await node.ping("10.240.0.1", pod, 2);
     count("broken logs", 1);
   }
 });

@@ -5,7 +5,7 @@
  * @module
  */
 import { assertEquals, assertMatch, assertNotEquals } from "@std/assert";
-import { addressOf, conf, Node } from "../lab/node.ts";
+import { addressOf, CONF_1_1, Node } from "../lab/node.ts";
 
 const CACHE = "/opt/cni/bin/.custom-cni";
 
@@ -55,7 +55,7 @@ for (
     for (const file of await files(node)) {
       await node.sh(`file=${file}; ${line}`);
       pods.push(await node.start("nginx1"));
-      await node.in(pods.at(-1)!, `ping -c1 -W5 ${addressOf(pods[0])}`);
+      await node.ping(addressOf(pods[0]), pods.at(-1)!);
     }
     assertEquals(pods.length, 3);
   });
@@ -68,22 +68,22 @@ Deno.test("ADD gives a network where its folder can't be written", async () => {
     mount -o remount,ro /opt/fixed`);
   const call = { plugin: "/opt/fixed/custom-cni", env: { HOME: "/run/root" } };
   const pod = await node.start("alpine1", call);
-  await node.in(pod, "ping -c1 -W5 10.240.0.1");
+  await node.ping("10.240.0.1", pod);
   assertMatch(await node.sh("ls /run/root/.local/share/custom-cni"), /\.cache/);
 });
 
 Deno.test("first calls that are killed leave nothing that harms", async () => {
-  await using node = await Node.start("node1", conf({ cniVersion: "1.1.0" }));
+  await using node = await Node.start("node1", CONF_1_1);
   for (let killAfter = 2; killAfter < 26; killAfter += 2) {
     await node.sh(`rm -r ${CACHE}; install -dm700 ${CACHE}`);
     await node.cni("STATUS", undefined, { killAfter });
     const pod = await node.start(`pod${killAfter}`);
-    await node.in(pod, "ping -c1 -W5 10.240.0.1");
+    await node.ping("10.240.0.1", pod);
   }
 });
 
 Deno.test("a binary that is replaced while calls start fails none", async () => {
-  await using node = await Node.start("node1", conf({ cniVersion: "1.1.0" }));
+  await using node = await Node.start("node1", CONF_1_1);
   const plugin = "/opt/moved/custom-cni";
   const copy = `cp /opt/cni/bin/custom-cni ${plugin}`;
   await node.sh(`mkdir /opt/moved; ${copy}`);

@@ -154,6 +154,7 @@ const INPUTS: Input[] = [
     bad: {
       "is no object": ["x", 5, true, []],
       "is no result": [{ interfaces: {} }, { ips: "x" }, { routes: [5] }],
+      "has lists with null": [{ interfaces: [null] }, { ips: [{}, null] }],
     },
   },
   {
@@ -168,7 +169,9 @@ const INPUTS: Input[] = [
     verbs: ["GC"],
     bad: {
       "is no list": ["x", 5, true, {}],
-      "lists what is none": [["x"], [[]], [{}], [{ containerID: "x" }]],
+      "lists what is none": [
+        ...[["x"], [[]], [{}], [{ containerID: "x" }], [null]],
+      ],
     },
   },
   {

@@ -42,7 +42,7 @@ Deno.test("the node keeps its eth0", async () => {
   const eth0 = () => node.sh("ip -o link show eth0; ip -o -4 addr show eth0");
   const before = await eth0();
   const pod = await node.start("alpine1");
-  await node.in(pod, "ping -c1 -W5 10.0.2.14");
+  await node.ping("10.0.2.14", pod);
   assertEquals(await eth0(), before);
 });
 
@@ -54,7 +54,7 @@ Deno.test("pods started at once have an address each", async () => {
   assertEquals(new Set(ips).size, pods.length);
   await Promise.all(pods.map((pod, i) => {
     const next = ips[(i + 1) % ips.length];
-    return node.in(pod, `ping -c1 -W5 ${next}`);
+    return node.ping(next, pod);
   }));
 });
 
@@ -94,11 +94,11 @@ Deno.test("a /20 works as well", async () => {
     podcidr: "10.240.16.0/20",
   });
   await node.start("alpine1");
-  await node.sh("echo 255 > /tmp/last_allocated_ip");
+  await node.setCounter(255);
   const { json, ...pod } = await node.start("nginx1");
   // No address of a /24, which had ended before.
   assertEquals(json.ips[0].address, "10.240.17.0/20");
-  await node.in(pod, "ping -c1 -W5 10.240.16.2");
+  await node.ping("10.240.16.2", pod);
 });
 
 Deno.test("DEL takes the interface though the namespace lives on", async () => {

@@ -11,7 +11,7 @@ import { run } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 import { IP_RELEASES, ipFolder } from "../setup/debian.ts";
 
-const TESTS = ["plugin", "museum", "conformance"]
+const TESTS = ["add", "del", "check", "gc", "museum", "conformance"]
   .map((name) => `${ROOT}tests/plugin/${name}_test.ts`);
 
 for (const release of IP_RELEASES) {
