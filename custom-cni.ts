@@ -52,9 +52,6 @@ async function main(): Promise<number> {
     console.error("To look at this node: deno run -A node-setup.ts --check");
     return 0;
   }
-  // A caller that ignores it hands that on, and then no program could be waited
-  // for: see wait(2), "SIGCHLD is set to SIG_IGN".
-  Deno.addSignalListener("SIGCHLD", () => {});
   openLog();
   let conf: Conf | undefined;
   try {
@@ -215,7 +212,6 @@ export async function lookAtNode(
   const look = `
     route show root ${podCIDR.text}
     route show table local root ${podCIDR.text}
-    route show via ${podCIDR.text}
     addr show dev ${BRIDGE}
     link show dev ${veth}`;
   const answers = await ip(look, "-force", "-details");
@@ -310,8 +306,7 @@ export async function usedNumbers(podCIDR: PodCIDR): Promise<Set<number>> {
     // Somebody may have renamed it.
     used.add(numberOf(link, podCIDR));
   }
-  const isInRange = (n: number) => n > 1 && n < podCIDR.size - 1;
-  return new Set([...used].filter(isInRange));
+  return new Set([...used].filter((n) => ipam.isForPod(podCIDR, n)));
 }
 
 /** The number of a host veth, by its MAC; NaN for any other link. */
@@ -367,6 +362,7 @@ async function takeBack(
   oldTarget?: string,
 ): Promise<void> {
   const { alias, name } = call;
+  deadline = undefined; // half a minute more
   try {
     const [hostVeth]: Link[] = await ip(`link show dev ${veth}`);
     const isOthers = hostVeth.ifalias && hostVeth.ifalias !== alias;
@@ -835,10 +831,16 @@ interface Output {
   stderr: string;
 }
 
-/** Runs a program to its end. @throws {CNIError} 100 if it can't, or hangs. */
-export async function run(command: string[], input = ""): Promise<Output> {
+/** When programs that hang are ended: half a minute after the first began. */
+let deadline: AbortSignal | undefined;
+
+/** Runs a program to its end. @throws {CNIError} 100 if it can't, or is late. */
+export async function run(
+  command: string[],
+  input = "",
+  late = deadline ??= AbortSignal.timeout(30_000),
+): Promise<Output> {
   const [program, ...args] = command;
-  const late = AbortSignal.timeout(30_000);
   let child: Deno.ChildProcess;
   try {
     child = new Deno.Command(program, {
@@ -859,12 +861,12 @@ export async function run(command: string[], input = ""): Promise<Output> {
     const mend = "apt-get install iproute2 coreutils util-linux";
     return fail(100, `${program} is not on the PATH`, mend);
   }
-  if (input) {
-    await write(child.stdin, `${input}\n`);
-  }
-  const { code, stdout, stderr } = await child.output();
+  const [{ code, stdout, stderr }] = await Promise.all([
+    child.output(),
+    input && write(child.stdin, `${input}\n`),
+  ]);
   if (late.aborted) {
-    fail(100, `${program} hangs`, `it had 30 seconds for: ${input}`);
+    fail(100, `${program} hangs`, `ended after 30 seconds: ${input}`);
   }
   const decoder = new TextDecoder();
   return {

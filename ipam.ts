@@ -99,6 +99,11 @@ export function numberOf(podCIDR: PodCIDR, address: string): number {
   return toNumber(address) - podCIDR.network;
 }
 
+/** Tells whether a number's address is a pod's: 0, 1 and the last are not. */
+export function isForPod(podCIDR: PodCIDR, n: number): boolean {
+  return n > 1 && n < podCIDR.size - 1;
+}
+
 /** Tells whether a range has addresses of the network of "10.0.2.14/24". */
 export function overlaps(podCIDR: PodCIDR, other: string): boolean {
   const [address, prefix] = other.split("/");

@@ -1,7 +1,7 @@
 /**
  * node-setup: the commands that the tutorial types once on each node, so that
- * pods reach each other, the pods of other nodes, and the internet. It prints
- * each one, and runs it unless what it makes is there; --check only looks.
+ * pods reach each other, the pods of other nodes, and the internet. A run
+ * prints and does those that are missing; --check tells what is wrong.
  *
  * @module
  */
@@ -12,440 +12,763 @@ import * as plugin from "./custom-cni.ts";
 import * as ipam from "./ipam.ts";
 import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
+/** The tutorial's commands, in its order. */
+function commandsFor({ podCIDR, peers, keepsSource }: Setup): Command[] {
+  const own = podCIDR.text;
+  const nat = (how: string) => `iptables -t nat ${how} POSTROUTING -s ${own}`;
+  const kept = keepsSource ? peers : [];
+  return [
+    command("always", "sysctl -w net.ipv4.ip_forward=1"),
+    // Same host: what cni0 bridges has to pass FORWARD, and Docker drops all.
+    command("bridged", "modprobe br_netfilter"),
+    command("bridged", "sysctl -w net.bridge.bridge-nf-call-iptables=1"),
+    command("forward", `iptables -A FORWARD -s ${own} -j ACCEPT`),
+    command("forward", `iptables -A FORWARD -d ${own} -j ACCEPT`),
+    // Other hosts: the network between the nodes knows of no pods.
+    ...peers.map(({ podCIDR, hop }) =>
+      command("routes", `ip route add ${podCIDR.text} via ${hop}`)
+    ),
+    // Internet: answers find the node, not the pod. On cni0 they find the pod.
+    ...kept.map(({ podCIDR }) =>
+      command("kept", `${nat("-I")} -d ${podCIDR.text} -j RETURN`)
+    ),
+    command("masquerade", `${nat("-A")} ! -o cni0 -j MASQUERADE`),
+  ];
+}
+
+/** What is the matter where a step's commands were not run. */
+const WITHOUT = {
+  always: "The node forwards no packets: pods reach no other network",
+  bridged: "Bridged packets bypass iptables: a Service is dead on its own node",
+  forward: "FORWARD lacks a rule for the pods",
+  routes: "A peer's pods have no route",
+  kept: "A peer's pods see the node's address in place of a pod's",
+  masquerade: "Out there nobody can answer a pod's address",
+};
+
+/** A command of the tutorial, and what is the matter without it. */
+interface Command {
+  step: keyof typeof WITHOUT;
+  line: string;
+  without: string;
+}
+
+function command(step: keyof typeof WITHOUT, line: string): Command {
+  return { step, line, without: WITHOUT[step] };
+}
+
+/** Another node, whose pods are reached through its address. */
+interface Peer {
+  ip: string;
+  /** The next hop of the route: "10.0.2.14 dev enp0s3". */
+  hop: string;
+  dev?: string;
+  podCIDR: PodCIDR;
+}
+
 const HELP = `Usage: deno run -A node-setup.ts --peer IP[=CIDR] [options]
 The rules and routes that pods need; as root, on each node. Twice is once.
 
   --peer IP[=CIDR]  each other node; =CIDR is known of the tutorial's two nodes
   --nodes FILE      in place of it: kubectl get nodes -o json; - is stdin
-  --check           only say what is wrong here, and the command that mends it
-  --podcidr CIDR    the range of this node's pods, else that of the conf
+  --check           start two pods for a moment, and tell what is wrong
   --conf FILE       the conf, else the first one in /etc/cni/net.d
-  --bridge NAME     the bridge of the pods, else cni0
-  --dev NAME        the device to the peers, else that of "ip route get"
   --keep-source     peers' pods see a pod's own address, until --delete
   --only STEP       forward, routes or masquerade alone; may be repeated
   --delete          take back what a run with the same flags makes, but sysctl's
-  --dry-run         print all commands and run none; needs no root
+  --dry-run         print all commands and run none; with --check start no pods
   --help            print this
 
 Exit status: 0 well, 1 failed with nothing added or not well, 2 wrong usage`;
 
-const CONF_DIR = "/etc/cni/net.d";
-const BINARY = "/opt/cni/bin/custom-cni";
-const MODPROBE = "modprobe br_netfilter";
-const PAIR = ["10.240.0.0/24", "10.240.1.0/24"]; // of the tutorial's two nodes
-
-/** Prints what there is, each as the command that makes it. */
-const LOOK = `set -eo pipefail; ip -oneline route show |
-  sed -E "s/ (dead|linkdown)\\b//g; s/ *$//; s/^/ip route add /"
-sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables |
-  sed "s/ = /=/; s/^/sysctl -w /; /bridge-nf/i ${MODPROBE}"
-iptables -w -S FORWARD | sed "s/^/iptables /"
-iptables -w -t nat -S POSTROUTING | sed "s/^/iptables -t nat /"`;
-
-/** What is the matter where a command of a step has not been run. */
-const STEPS: Record<string, string> = {
-  ip_forward: "The node forwards no packets: pods reach no other network",
-  bridged: "Bridged packets bypass iptables: a Service is dead on its own node",
-  forward: "FORWARD lacks a rule for the pods",
-  routes: "A peer's pods have no route",
-  masquerade: "Out there nobody can answer a pod's address",
+/** The steps that each --only stands for. */
+const STEPS: Record<string, string[]> = {
+  forward: ["bridged", "forward"],
+  routes: ["routes"],
+  masquerade: ["kept", "masquerade"],
 };
-const CHOICE = ["forward", "routes", "masquerade"];
+
+/** Those of some steps; packets are forwarded for each. */
+function commandsOf(setup: Setup, only: string[]): Command[] {
+  const steps = ["always", ...only.flatMap((name) => STEPS[name])];
+  return commandsFor(setup).filter(({ step }) => steps.includes(step));
+}
 
 type Flags = ReturnType<typeof readFlags>;
-/** What is wrong, and the command that mends it. */
-type Trouble = [what: string, mend: string];
-/** Another node, whose pods are reached through its address. */
-type Peer = { ip: string; podCIDR: PodCIDR; dev?: string };
-type Setup = Awaited<ReturnType<typeof learn>>;
 
-/** The commands to run in the tutorial's order, for --delete in reverse. */
-function plan({ own, peers, flags, there }: Setup) {
-  const nat = `iptables -t nat -A POSTROUTING -s ${own.text}`;
-  const masquerade = `${nat} ! -o ${flags.bridge} -j MASQUERADE`;
-  const isTodo = (line: string) =>
-    flags["dry-run"] || there.has(line) === flags.delete;
-  // At the chain's head, and by one command: iptables rewrites the whole table.
-  const ranges = peers.map(({ podCIDR }) => podCIDR.text)
-    .filter((range) => isTodo(`${nat} -d ${range} -j RETURN`));
-  const keep = `${nat.replace("-A", "-I")} -d ${ranges} -j RETURN`;
-  const isKept = ranges.length && (flags["keep-source"] || flags.delete);
-  const steps: Record<string, string[]> = {
-    ip_forward: ["sysctl -w net.ipv4.ip_forward=1"],
-    // Same host: what cni0 bridges is to pass FORWARD, where Docker drops all.
-    bridged: [MODPROBE, "sysctl -w net.bridge.bridge-nf-call-iptables=1"],
-    forward: ["-s", "-d"].map((way) =>
-      `iptables -A FORWARD ${way} ${own.text} -j ACCEPT`
-    ),
-    // Other hosts: the network between them knows of no pods, the nodes must.
-    routes: peers.map(routeTo),
-    // Internet: answers find the node, not the pod. On the bridge they find it.
-    masquerade: isKept ? [keep, masquerade] : [masquerade],
-  };
-  const all = flags.only.flatMap((step) =>
-    steps[step].map((line): Trouble => [STEPS[step], line])
-  );
-  const todo = all.filter(([, line]) => line === keep || isTodo(line));
-  if (flags.delete) todo.reverse();
-  return { todo, rest: all.length - todo.length };
-}
-
-/** The command for the route to a range; to the node's own it has no hop. */
-function routeTo({ ip, podCIDR, dev }: Peer): string {
-  const via = ip && ` via ${ip}`;
-  return `ip route add ${podCIDR.text}${via}${dev ? ` dev ${dev}` : ""}`;
-}
-
-/** The command that takes back what a command did. */
-function opposite(command: string): string {
-  return command.replace(/ -[AI] /, " -D ").replace(" add ", " del ")
-    .replace(/=1$/, "=0");
-}
-
-/** Learns all there is to know, checks it, and only then changes the node. */
+/** Reads the flags, learns what they stand for, and does it. */
 async function main(args: string[]): Promise<void> {
   const flags = readFlags(args);
   if (flags.help) return console.log(HELP);
-  const mayRun = flags["dry-run"] || Deno.uid() === 0;
-  if (!mayRun) fail(1, "Only root may change the node", "sudo, or --dry-run");
+  const isDry = flags["dry-run"];
+  if (Deno.uid() !== 0 && (flags.check || !isDry)) {
+    fail(1, "Only root may look at a node and change it", "sudo, or --dry-run");
+  }
   if (flags.check) return await check(flags);
   const setup = await learn(flags);
-  const { errors, changed, rest } = await apply(setup);
-  if (flags["dry-run"]) return;
-  if (errors.length && !flags.delete) {
+  const lines = commandsOf(setup, flags.only).map(({ line }) => line);
+  if (flags.delete) return await takeBack(lines, isDry);
+  if (isDry) return print(lines);
+  await runMissing(lines);
+}
+
+/** Runs the commands that are missing. If one fails, nothing was added. */
+async function runMissing(lines: string[]): Promise<void> {
+  const there = await whatIsThere();
+  const missing = lines.filter((line) => !isThere(line, there));
+  const errors = await runAll(missing);
+  if (errors.length > 0) {
     console.log("# Failed; what was added is taken back");
-    const there = (await look(flags)).difference(setup.there);
-    const back = { ...setup, there, flags: { ...flags, delete: true } };
-    errors.push(...(await apply(back)).errors);
+    const now = await whatIsThere();
+    const added = missing.filter((line) => now.includes(line));
+    const back = added.reverse().map(opposite);
+    errors.push(...await runAll(back, { goesOn: true }));
+    fail(1, errors.join("\n"));
   }
-  if (errors.length) fail(1, errors.join("\n"));
-  if (flags.delete) {
-    return console.log(`# ${changed} taken back, ${rest} not there`);
-  }
-  console.log(`# ${changed} new, ${rest} there already`);
-  const now = { ...setup, there: await look(flags) };
-  const troubles = [...await drops(now), ...await strays(now)];
-  for (const it of troubles) console.error(`Warning: ${it.join("\n  ")}`);
+  console.log(
+    `# ${missing.length} new, ${lines.length - missing.length} there already`,
+  );
 }
 
-/** Changes nothing, and says what is wrong on this node and what mends it. */
-async function check(flags: Flags): Promise<void> {
-  const tell = (ok: string, troubles: Trouble[] = []) => {
-    if (!troubles.length) return console.log(`ok   ${ok}`);
-    for (const it of troubles) console.log(`BAD  ${it.join("\n     ")}`);
-    Deno.exitCode = 1;
-  };
-  const orTell = (it: CNIError) => tell("", [[it.message, it.details]]);
-  const conf = findConf(flags.conf);
-  await conf.then((it) => plugin.lookAtNode(ipam.parsePodCIDR(it.podcidr)))
-    .then(() => tell("The conf and cni0 are well"), orTell);
-  const mend = `install -D dist/custom-cni ${BINARY}`;
-  const starts = await plugin.run([BINARY]).then(() => true, () => false);
-  tell(`${BINARY} starts`, starts ? [] : [[`${BINARY} does not start`, mend]]);
-  const setup = await learn(flags).catch(orTell);
-  if (!setup) return;
-  const { size } = await plugin.usedNumbers(setup.own);
-  const counts = `${size} of ${setup.own.room} addresses are used`;
-  tell(counts, size < setup.own.room ? [] : [[counts, "kubectl delete pod"]]);
-  tell("All rules and routes are there", plan(setup).todo);
-  tell("No rule drops pods' packets", await drops(setup));
-  tell("No route leads pods' packets astray", await strays(setup));
-  const { mtu: sent = 1500 } = await conf.catch(() => ({}));
-  const links = await plugin.ip("link show");
-  const routes = await plugin.ip("route show default");
-  const nics = [...setup.peers, ...routes].map(({ dev }) => dev);
-  const what = `The conf lets pods send ${sent} bytes at once, too many for`;
-  const narrow = links.filter((it) => nics.includes(it.ifname) && it.mtu < sent)
-    .map(({ ifname, mtu }): Trouble => [`${what} ${ifname}`, `"mtu": ${mtu}`]);
-  tell("Pods' packets fit through the NIC", narrow);
+/** Takes back what is there, but sysctl's: others may need it by now. */
+async function takeBack(lines: string[], isDry: boolean): Promise<void> {
+  const ours = lines.filter((line) => !/^(sysctl|modprobe)/.test(line));
+  const there = isDry ? ours : await whatIsThere();
+  const found = ours.filter((line) => there.includes(line));
+  const back = found.reverse().map(opposite);
+  if (isDry) return print(back);
+  const errors = await runAll(back, { goesOn: true });
+  if (errors.length > 0) fail(1, errors.join("\n"));
+  // What --keep-source made is taken back also where nobody asked for it.
+  const missing = ours.filter((line) => !there.includes(line) && !isKept(line));
+  console.log(`# ${back.length} taken back, ${missing.length} not there`);
 }
 
-/** Reads the flags; throws with 2 what can't be meant. */
-function readFlags(args: string[]) {
-  // parseArgs takes a lone - for a flag, not for the value of --nodes.
-  const words = args.map((arg) => arg.replace(/(^|=)-$/, "$1/dev/stdin"));
-  const flags = parseArgs(words, {
-    string: ["peer", "nodes", "podcidr", "conf", "bridge", "dev", "only"],
-    boolean: ["keep-source", "check", "delete", "dry-run", "help"],
-    collect: ["peer", "only"],
-    default: { bridge: plugin.BRIDGE },
-    unknown: (arg) => fail(2, `Unknown argument "${arg}"`, "see --help"),
-  });
-  const none = Object.entries(flags).find(([, v]) => [v].flat().includes(""));
-  if (none) fail(2, `--${none[0]} needs a value`);
-  const bad = flags.only.find((step) => !CHOICE.includes(step));
-  if (bad) fail(2, `--only "${bad}" is no step`, `use ${CHOICE.join(", ")}`);
-  const isName = /^[^-\s][^\s/]{0,14}$/.test(flags.bridge);
-  if (!isName) fail(1, `--bridge "${flags.bridge}" is no name of a device`);
-  const only = flags.only.length ? flags.only : [...CHOICE];
-  const needsPeer = only.includes("routes") || flags["keep-source"];
-  const hasPeer = flags.peer.length || flags.nodes || flags.help || flags.check;
-  if (needsPeer && !hasPeer) fail(2, "No peer is named", "--peer or --nodes");
-  // These come first, and are not taken back: others may have come to need it.
-  const others = only.includes("forward") ? ["bridged"] : [];
-  if (!flags.delete) only.unshift("ip_forward", ...others);
-  return { ...flags, only, peer: [...new Set(flags.peer)] };
+/** Others may keep the same route, with words of their own behind it. */
+function isThere(line: string, there: string[]): boolean {
+  return there.some((it) => it === line || it.startsWith(`${line} `));
 }
 
-/** The range of this node, and the peers that can be used. */
-async function learn(flags: Flags) {
-  const there = await look(flags);
-  const links = Deno.networkInterfaces().filter((it) => it.family === "IPv4");
-  const names = [Deno.hostname(), ...links.map(({ address }) => address)];
-  const list = flags.nodes && await readJSON(flags.nodes, "kubectl prints it");
-  const { range, nodes = [] } = list ? readNodes(list, names) : {};
-  const conf = flags.podcidr ? flags : await findConf(flags.conf, range);
-  const what = `podcidr "${conf.podcidr}" is not the "${range}" of --nodes`;
-  if (range && conf.podcidr !== range) fail(1, what, "mend one of the two");
-  const own = ipam.parsePodCIDR(conf.podcidr);
-  const named = [...nodes, ...flags.peer.map((text) => parsePeer(text, own))];
-  const oif = flags.dev ? ` oif ${flags.dev}` : "";
-  const ways = await waysTo(named.flatMap(({ ips }) => ips), oif);
-  const ranges = [...links.map(({ cidr }) => cidr), own.text];
-  const routes = Map.groupBy(there, (it) => / add \D*([\d./]+)/.exec(it)?.[1]);
-  const peers: Peer[] = [];
-  const refuse = ({ ip, podCIDR, dev }: Peer): Trouble[] => {
-    const { type, gateway } = ways.get(ip) ?? {};
-    const taken = ranges.find((range) => ipam.overlaps(podCIDR, range));
-    const isThere = there.has(routeTo({ ip, podCIDR, dev }));
-    const [other = ""] = isThere ? [] : routes.get(podCIDR.text) ?? [];
-    const reasons: [isSo: unknown, what: string, mend: string][] = [
-      [!ways.has(ip), "can't be reached", `see: ip route get ${ip}${oif}`],
-      [type === "local", "is this node", "name the other ones"],
-      [type, `is a ${type} address`, "name a node"],
-      // The kernel takes only a neighbour for the next hop of a route.
-      [gateway, "is no neighbour", `${gateway} is on the way to it`],
-      [ipam.overlaps(own, `${ip}/32`), "is a pod", "name its node"],
-      [peers.some((it) => it.ip === ip), "is another node's too", "mend that"],
-      [taken, `can't have "${podCIDR.text}"`, `that overlaps ${taken}`],
-      [other, "has another route", opposite(other)],
-    ];
-    return reasons.filter(([isSo]) => isSo && !flags.delete)
-      .map(([, what, mend]) => [`Peer "${ip}" ${what}`, mend]);
-  };
-  for (const { name, ips, range } of named) {
-    try {
-      const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
-      const hops = ips.map((ip) => ({ ip, podCIDR, dev: ways.get(ip)?.dev }));
-      const [first = fail(1, "No IPv4 InternalIP")] = hops;
-      const hop = hops.find((it) => !refuse(it).length);
-      peers.push(hop ?? fail(1, ...refuse(first)[0]));
-      ranges.push(podCIDR.text);
-    } catch (error) {
-      // What can't be used of a list stops nobody else; what was named, does.
-      if (!name || !(error instanceof CNIError)) throw error;
-      console.error(`Skipped node "${name}": ${error.message};`, error.details);
+/** The command that takes back what a command did. */
+function opposite(line: string): string {
+  return line.replace(/ -[AI] /, " -D ").replace(" add ", " del ")
+    .replace(/=1$/, "=0");
+}
+
+/** What there is on the node, each as the command that makes it. */
+async function whatIsThere(): Promise<string[]> {
+  const look = `set -eo pipefail
+    ip -oneline route show |
+      sed -E "s/ (dead|linkdown)\\b//g; s/ *$//; s/^/ip route add /"
+    sysctl -e net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables |
+      sed "s/ = /=/; s/^/sysctl -w /; /bridge-nf/i modprobe br_netfilter"
+    iptables -w -S FORWARD |
+      sed "s/^/iptables /"
+    iptables -w -t nat -S POSTROUTING |
+      sed "s/^/iptables -t nat /; / -j RETURN$/s/ -A / -I /"`;
+  const { code, stdout, stderr } = await run(["bash", "-c", look]);
+  if (code !== 0) fail(1, "Cannot look at the node", stderr);
+  if (stderr) console.error(stderr);
+  return stdout.split("\n");
+}
+
+/** Prints and runs commands, and returns what failed. It stops at that. */
+async function runAll(
+  lines: string[],
+  { goesOn = false } = {},
+): Promise<string[]> {
+  const routes = lines.filter((line) => line.startsWith("ip "));
+  const errors: string[] = [];
+  for (const line of joinKept(lines)) {
+    if (errors.length > 0 && !goesOn) break;
+    if (line === routes[0]) {
+      errors.push(...await runRoutes(routes));
+    } else if (!routes.includes(line)) {
+      errors.push(...await runOne(line));
     }
   }
-  return { own, peers, flags, there };
+  return errors;
 }
 
-/** Finds this node's range and the other nodes in the output of kubectl. */
-function readNodes(list: plugin.Any, mine: string[]) {
-  const items: plugin.Any[] = list.kind === "Node" ? [list] : list.items;
-  if (!Array.isArray(items)) fail(1, "--nodes has no items", "see --help");
-  const nodes = items.filter(({ kind = "Node" }) => kind === "Node")
-    .map(({ metadata = {}, spec = {}, status = {} }) => {
-      const { addresses = [] }: { addresses?: plugin.Any[] } = status;
-      const ranges: plugin.Any[] = [...spec.podCIDRs ?? [], spec.podCIDR];
-      return {
-        name: `${metadata.name}`,
-        known: addresses.map(({ address }) => address),
-        ips: addresses.filter(({ type }) => type === "InternalIP")
-          .map(({ address }) => address).filter(isIPv4),
-        range: ranges.find((range) => range && !range.includes(":")),
-      };
-    });
-  // The name is one node's only, an address may be on every machine.
-  const named = nodes.filter(({ name }) => name === mine[0].toLowerCase());
-  const known = nodes.filter((it) => it.known.some((at) => mine.includes(at)));
-  const found = named.length ? named : known;
-  const which = found.map(({ name }) => `"${name}"`).join(" and ") || "none";
-  const what = `Just one of --nodes must be this node, not ${which}`;
-  if (found.length !== 1) fail(1, what, `its names are ${mine.join(", ")}`);
-  const [own] = found;
-  return { range: own.range, nodes: nodes.filter((it) => it !== own) };
+/** All routes by one `ip`, for there may be a thousand. */
+async function runRoutes(routes: string[]): Promise<string[]> {
+  print(routes);
+  const input = routes.map((line) => line.replace(/^ip /, "")).join("\n");
+  const ip = ["ip", "-force", "-batch", "-"];
+  const { code, stderr } = await run(ip, input);
+  if (code === 0) return [];
+  const [, number = "1"] = /failed -:(\d+)/.exec(stderr) ?? [];
+  return [`${routes[Number(number) - 1]}: ${stderr}`];
+}
+
+async function runOne(line: string): Promise<string[]> {
+  print([line]);
+  const [program, ...args] = line.split(" ");
+  // kube-proxy and Docker write to the tables too: wait for their lock.
+  if (program === "iptables") args.unshift("-w");
+  const { code, stderr } = await run([program, ...args])
+    .catch(({ message }) => ({ code: 1, stderr: message }));
+  if (code === 0 && !stderr) return [];
+  const complaint = `${line}: ${stderr}`;
+  // The rest works without bridged packets, and not every kernel has them.
+  const isNeeded = !/br_netfilter|bridge-nf/.test(line);
+  if (code !== 0 && isNeeded) return [complaint];
+  console.error(`Warning: ${complaint}`);
+  return [];
+}
+
+const isKept = (line: string) => line.endsWith("-j RETURN");
+
+/** One iptables for all peers, since each one writes the whole table anew. */
+function joinKept(lines: string[]): string[] {
+  const [first, ...others] = lines.filter(isKept);
+  const ranges = lines.filter(isKept).map((line) => / -d (\S+)/.exec(line)![1]);
+  const joined = first?.replace(/ -d \S+/, ` -d ${ranges}`);
+  return lines.filter((line) => !others.includes(line))
+    .map((line) => line === first ? joined : line);
+}
+
+function print(lines: string[]): void {
+  for (const line of lines) console.log(line);
+}
+
+/** What is known before anything is done. */
+interface Setup {
+  /** The range of this node's pods, and the conf that says so. */
+  podCIDR: PodCIDR;
+  conf: plugin.Conf;
+  peers: Peer[];
+  keepsSource: boolean;
+}
+
+/** A node that is to be a peer, if it can: by --peer, or by --nodes. */
+interface Candidate {
+  /** Its name in the list of --nodes. */
+  name?: string;
+  ips: string[];
+  range?: string;
+}
+
+/** Learns the range of this node's pods, and its peers. */
+async function learn(flags: Flags): Promise<Setup> {
+  const list = flags.nodes ? await readNodes(flags.nodes) : undefined;
+  const conf = await readConf(flags.conf, list?.range);
+  const podCIDR = ipam.parsePodCIDR(conf.podcidr);
+  if (list?.range && list.range !== podCIDR.text) {
+    const what =
+      `podcidr "${podCIDR.text}" is not the "${list.range}" of --nodes`;
+    fail(1, what, "mend one of the two");
+  }
+  const candidates = [
+    ...list?.others ?? [],
+    ...flags.peer.map((text) => parsePeer(text, podCIDR)),
+  ];
+  const ways = await waysTo(candidates.flatMap(({ ips }) => ips));
+  const peers: Peer[] = [];
+  for (const candidate of candidates) {
+    try {
+      const peer = choosePeer(candidate, ways);
+      if (!flags.delete) checkPeer(peer, podCIDR, peers);
+      peers.push(peer);
+    } catch (error) {
+      // What can't be used of a list stops nobody else; what was named, does.
+      if (!candidate.name || !(error instanceof CNIError)) throw error;
+      const why = `${error.message}; ${error.details}`;
+      console.error(`Skipped node "${candidate.name}": ${why}`);
+    }
+  }
+  const keepsSource = flags["keep-source"] || flags.delete;
+  return { podCIDR, conf, peers, keepsSource };
+}
+
+/** Runs a program, for half a minute at most. */
+function run(command: string[], input?: string) {
+  return plugin.run(command, input, AbortSignal.timeout(30_000));
+}
+
+/** How the kernel reaches an address; see `ip route get`. */
+interface Reach {
+  dst: string;
+  dev: string;
+  /** "local", "broadcast" and the like, if it is no host's. */
+  type?: string;
+  /** The next hop, if it is no neighbour. */
+  gateway?: string;
+}
+
+/** Asks the kernel for the way to each address; some it may refuse. */
+async function waysTo(ips: string[]): Promise<Map<string, Reach>> {
+  if (ips.length === 0) return new Map();
+  const lines = ips.map((ip) => `route get ${ip}`);
+  const ways: Reach[] = await plugin.ip(lines.join("\n"), "-force").catch(
+    () => [],
+  );
+  return new Map(ways.map((way) => [way.dst, way]));
+}
+
+/** The address of a candidate that can be the next hop of a route. */
+function choosePeer(candidate: Candidate, ways: Map<string, Reach>): Peer {
+  const { name, ips, range } = candidate;
+  const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
+  const [first = fail(1, "No IPv4 InternalIP")] = ips;
+  // What --peer names, the kernel takes or refuses. Of a list's node it can be
+  // one address of several, and the kernel wants a neighbour.
+  const whyNot = (ip: string) => {
+    const way = ways.get(ip);
+    if (!way) return "can't be reached";
+    if (way.type === "local") return "is this node";
+    if (way.type) return `is a ${way.type} address`;
+    if (way.gateway) return `is no neighbour, ${way.gateway} is on the way`;
+  };
+  const neighbour = ips.find((ip) => !whyNot(ip));
+  if (name && !neighbour) {
+    fail(1, `Address ${first} ${whyNot(first)}`, `see: ip route get ${first}`);
+  }
+  const ip = neighbour ?? first;
+  const dev = ways.get(ip)?.dev;
+  return { ip, hop: dev ? `${ip} dev ${dev}` : ip, dev, podCIDR };
+}
+
+/** Refuses what the kernel would take: a range that is somebody's already. */
+function checkPeer(
+  { ip, dev, podCIDR }: Peer,
+  own: PodCIDR,
+  others: Peer[],
+): void {
+  if (dev === "lo") {
+    fail(1, `Peer "${ip}" is this node`, "name the other ones");
+  }
+  if (ipam.overlaps(own, `${ip}/32`)) {
+    fail(1, `Peer "${ip}" is a pod`, "name its node");
+  }
+  if (others.some((other) => other.ip === ip)) {
+    fail(1, `Peer "${ip}" is another node's too`, "mend one of the two");
+  }
+  // What cni0 has beside this range, --check and ADD tell.
+  const links = Deno.networkInterfaces()
+    .filter(({ family, name }) => family === "IPv4" && name !== "cni0");
+  const taken = [
+    own.text,
+    ...others.map((other) => other.podCIDR.text),
+    ...links.map((link) => link.cidr),
+  ].find((range) => ipam.overlaps(podCIDR, range));
+  if (taken) {
+    const what = `Peer "${ip}" can't have "${podCIDR.text}"`;
+    fail(1, what, `that overlaps ${taken}`);
+  }
 }
 
 /** Reads the "10.0.2.14" or "10.0.2.14=10.240.1.0/24" of --peer. */
-function parsePeer(text: string, own: PodCIDR) {
-  const [ip, ...rest] = text.split("=");
+function parsePeer(text: string, own: PodCIDR): Candidate {
+  const [ip, range] = text.split("=");
   if (!isIPv4(ip)) fail(1, `--peer "${text}" is no IPv4 address`, "IP[=CIDR]");
-  const other = PAIR.includes(own.text) && PAIR.find((it) => it !== own.text);
-  const mend = `write --peer ${text}=CIDR; only ${PAIR} know each other`;
-  if (!rest.length && !other) fail(1, `--peer "${text}" names no CIDR`, mend);
-  return { name: "", ips: [ip], range: rest.length ? rest.join("=") : other };
+  if (range !== undefined) return { ips: [ip], range };
+  // The tutorial's two nodes.
+  const pair = ["10.240.0.0/24", "10.240.1.0/24"];
+  if (!pair.includes(own.text)) {
+    const mend = `write --peer ${text}=CIDR; only ${pair} know each other`;
+    fail(1, `--peer "${text}" names no CIDR`, mend);
+  }
+  return { ips: [ip], range: pair.find((it) => it !== own.text) };
 }
 
-/** What a conf says to custom-cni: the given one, or as libcni reads it. */
-async function findConf(given?: string, range?: string): Promise<plugin.Any> {
-  const filesOf = (glob: string) =>
-    Array.from(expandGlobSync(`${CONF_DIR}/${glob}`), (it) => it.path).sort();
-  const [first] = filesOf("*.{conf,conflist,json}"); // as libcni does
-  if (!given && !first && range) return { podcidr: range };
-  const none = `${CONF_DIR} has no conf ("cni plugin not initialized")`;
-  const copy = `cp 10-custom-cni.conf ${CONF_DIR} # and set its podcidr`;
-  const file = given ?? first ?? fail(1, none, copy);
-  const conf = await readJSON(file, `vi ${file} # or use --podcidr`);
-  const { name = "", cniVersion, plugins = [], delegates = [conf] } = conf;
-  // From libcni 1.3 on a list's plugins may be in a folder of its name as well.
-  const isList = file.endsWith(".conflist");
-  const hasFolder = isList && !conf.loadOnlyInlinedPlugins;
-  const folder = hasFolder ? filesOf(`${name}/*.conf`) : [];
-  const more = await Array.fromAsync(folder, (it) => readJSON(it, `vi ${it}`));
-  const listed: plugin.Any[] = [plugins, more].flat();
-  const all = listed.length ? listed : [delegates].flat();
+/** Finds this node's range and the other nodes in the output of kubectl. */
+async function readNodes(path: string) {
+  const list = await readJSON(path, "see: kubectl get nodes -o json");
+  const items: plugin.Any[] = list.kind === "Node" ? [list] : list.items;
+  if (!Array.isArray(items)) fail(1, "--nodes has no items", "see --help");
+  const nodes = items.filter(({ kind = "Node" }) => kind === "Node").map(
+    readNode,
+  );
+  // The name is one node's only. An address may be on every machine.
+  const mine = Deno.networkInterfaces().map(({ address }) => address);
+  const hostname = Deno.hostname().toLowerCase();
+  let found = nodes.filter(({ name }) => name === hostname);
+  if (found.length === 0) {
+    found = nodes.filter((node) => node.known.some((it) => mine.includes(it)));
+  }
+  if (found.length !== 1) {
+    const which = found.map(({ name }) => `"${name}"`).join(" and ") || "none";
+    const names = [hostname, ...mine].join(", ");
+    fail(
+      1,
+      `Just one of --nodes must be this node, not ${which}`,
+      `its names are ${names}`,
+    );
+  }
+  const [own] = found;
+  return { range: own.range, others: nodes.filter((node) => node !== own) };
+}
+
+/** What is of use here in a node, as Kubernetes describes it. */
+function readNode(node: plugin.Any) {
+  const { metadata = {}, spec = {}, status = {} } = node;
+  const addresses: plugin.Any[] = status.addresses ?? [];
+  const internal = addresses.filter(({ type }) => type === "InternalIP");
+  const ranges: string[] = [...spec.podCIDRs ?? [], spec.podCIDR];
+  return {
+    name: `${metadata.name}`,
+    known: addresses.map(({ address }) => address),
+    ips: internal.map(({ address }) => address).filter(isIPv4),
+    range: ranges.find((range) => range && !range.includes(":")),
+  };
+}
+
+/**
+ * What the conf says to custom-cni: the given file, or as for a runtime the
+ * first one by name.
+ */
+async function readConf(given?: string, range?: string): Promise<plugin.Conf> {
+  const files = expandGlobSync("/etc/cni/net.d/*.{conf,conflist,json}");
+  const [first] = Array.from(files, (it) => it.path).sort();
+  const path = given ?? first;
+  if (!path && range) return { podcidr: range } as plugin.Conf;
+  if (!path) {
+    const mend = "cp 10-custom-cni.conf /etc/cni/net.d/ # and set its podcidr";
+    fail(1, 'No conf in /etc/cni/net.d ("cni plugin not initialized")', mend);
+  }
+  const file = await readJSON(path, `vi ${path}`);
+  // A list's name and version are those of its plugins.
+  const { name, cniVersion, plugins } = file;
+  const isList = path.endsWith(".conflist");
+  const all: plugin.Any[] = isList ? [plugins ?? []].flat() : [file];
   const ours = all.find((it) => it?.type === "custom-cni");
-  if (given) return ours ?? conf;
-  const [is, end] = isList ? ["single conf", "conf"] : ["list", "conflist"];
-  const mend = `mv ${file} ${file.replace(/[^.]*$/, end)}`;
-  if (isList !== listed.length > 0) fail(1, `${file} is a ${is} inside`, mend);
-  if (!ours) fail(1, `${file} comes first, for others`, `mv ${file} /root/`);
-  try {
-    // A list's name and version are its plugins', those of Multus a fallback.
-    plugin.checkConf({ ...ours, name, cniVersion, ...isList ? {} : ours });
-    return ipam.parsePodCIDR(ours.podcidr) && ours;
-  } catch ({ message, details }: plugin.Any) {
-    return fail(1, `${file}: ${message}`, `vi ${file} # ${details}`);
-  }
-}
-
-/** The way that the kernel takes to each address, but where it refuses. */
-async function waysTo(ips: string[], oif = "") {
-  const lines = Array.from(new Set(ips), (ip) => `route get ${ip}${oif}`);
-  const answers = await plugin.ip(lines.join("\n"), "-force").catch(() => []);
-  return new Map(answers.map((way) => [way.dst, way]));
-}
-
-/** Runs what is missing, or with --delete takes back what is there. */
-async function apply(setup: Setup) {
-  const { flags, todo, rest } = { ...setup, ...plan(setup) };
-  const all = todo.map(([, line]) => flags.delete ? opposite(line) : line);
-  // The routes to a thousand nodes are one process.
-  const ip = "ip -force -batch -";
-  const batches = Map.groupBy(all, (it) => it.startsWith("ip ") ? ip : it);
-  const errors: string[] = [];
-  let changed = 0;
-  for (const [command, lines] of batches) {
-    console.log(lines.join("\n"));
-    if (flags["dry-run"]) continue;
-    const [program, ...args] = command.split(" ");
-    // kube-proxy and Docker write to the tables too: wait for their lock.
-    if (program === "iptables") args.unshift("-w");
-    const input = lines.map((line) => line.replace("ip ", "")).join("\n");
-    const { code, stderr } = await plugin.run([program, ...args], input);
-    changed += code ? 0 : lines.length;
-    const failed = Number(/failed -:(\d+)/.exec(stderr)?.[1] ?? 1);
-    const error = `${lines[failed - 1]}: ${stderr}`;
-    // The rest works without bridged packets, and not every kernel has them.
-    const isNeeded = !/br_netfilter|bridge-nf/.test(command);
-    if (code && isNeeded) errors.push(error);
-    else if (code || stderr) console.error(`Warning: ${error}`);
-    if (errors.length && !flags.delete) break;
-  }
-  return { errors, changed, rest };
-}
-
-/** Learns what there is; only root may look at more than the routes. */
-async function look(flags: Flags): Promise<Set<string>> {
-  const script = flags["dry-run"] ? LOOK.split("\nsysctl")[0] : LOOK;
-  const { code, stdout, stderr } = await plugin.run(["bash", "-c", script]);
-  if (code) fail(1, "Cannot look at the node", stderr);
-  if (stderr) console.error(stderr);
-  const there = stdout.split("\n");
-  // Others may keep the same route, with words of their own behind it.
-  const bare = there.map((line) => line.replace(/( dev \S+) .*/, "$1"));
-  return new Set(flags.delete ? there : [...there, ...bare]);
-}
-
-/** A copy of the node with one set of its rules, through which two call. */
-const COPY = `timeout 25 unshare -m sh -ec 'mount -t tmpfs tmpfs /var/run
-$0 > /var/run/rules && [ -s /var/run/rules ] || exit 0
-at() { nsenter --net=/var/run/netns/"$@"; }
-join() {
-  ip netns add $1; ip -n node link add $2 up type veth peer name eth0 netns $1
-  ip -n node addr add $3 peer $4 dev $2
-  ip -n $1 addr add $4 peer $3 dev eth0
-  ip -n $1 link set eth0 up; ip -n $1 route add default via $3
-}
-ip netns add node; join pod $2 $3 $4; join host $5 $6 $7
-ip -n host addr add $8 dev eth0; ip -n node route replace $8 via $7
-# Rules name devices and sets. Counters and owners of tables are left out.
-ls /sys/class/net | grep -owFf - /var/run/rules | sort -u |
-  sed "s/.*/link add & type bridge/" | ip -n node -force -batch - 2>&- || :
-ipset save 2>&- | at node ipset restore 2>&- || :
-at node sysctl -qw net.ipv4.ip_forward=1
-sed "/^\\tflags owner/d; s/-m nfacct [^ ]* *[^ ]*//" /var/run/rules | at node $1
-for way in -s -d; do at node iptables -w -A FORWARD $way $9 -j ACCEPT; done
-at pod timeout 2 bash -c "echo > /dev/tcp/$8/9" &
-at host timeout 2 bash -c "echo > /dev/tcp/$4/9" &
-# Nobody listens: a call that gets through is refused.
-wait; shift 9; for it; do at $it nstat -asz TcpOutRsts | grep -q " [1-9]" ||
-  at node $0 | sed "/^\\*[^f]/,/^COMMIT/d"; done' "$0" "$@"`;
-
-/** The rules that drop a pod's packets, also if ours are (or were) there. */
-async function drops({ own, peers, flags }: Setup): Promise<Trouble[]> {
-  const [peer] = peers;
-  const hop = peer?.ip ?? "1.1.1.1"; // no packet leaves the copy
-  const to = peer ? ipam.address(peer.podCIDR, 2) : hop;
-  const from = flags["keep-source"] ? to : hop;
-  const ways = await waysTo([hop], flags.dev && ` oif ${flags.dev}`);
-  const { dev = "eth0", prefsrc: me = "10.0.2.15" } = ways.get(hop) ?? {};
-  const pod = [flags.bridge, ipam.address(own, 1), ipam.address(own, 2)];
-  const host = [dev, me, from, to, own.text, "host", ...peer ? ["pod"] : []];
-  // iptables tells how many packets each rule and policy has had.
-  const drop = /(?<=^\[[1-9]\S* ).*-j (DROP|REJ).*|^:FORWARD DROP(?= \[[1-9])/m;
-  const accept = `-I FORWARD $way ${own.text} -j ACCEPT`;
-  const { stdout } = await plugin.run(["sh", "-c", "nft list tables"]);
-  const tables = stdout.match(/^table (ip|inet|netdev) .+/gm) ?? [];
-  const found: Trouble[] = [];
-  for (const by of ["iptables-nft", "iptables-legacy", ...tables]) {
-    const isTable = by.startsWith("table");
-    // These are iptables-nft's own; nft lists them, but can't read all again.
-    const isTwin = /^table ip (filter|nat|mangle|raw|security)$/.test(by);
-    if (isTwin && found.length) continue;
-    const list = isTable ? `nft list ${by}` : `${by}-save -c`;
-    const load = isTable ? "nft -f -" : `${by}-restore`;
-    const args = ["-c", COPY, list, load, ...pod, ...host];
-    const { code, stdout, stderr } = await plugin.run(["sh", ...args]);
-    const rule = drop.exec(stdout)?.[0];
-    const mend = rule ? `for way in -s -d; do ${by} ${accept}; done` : list;
-    const what = `${by} ${rule ?? "has a rule that"} drops pods' packets`;
-    if (code && !isTwin) found.push([`Cannot try ${by}`, stderr]);
-    if (stdout) found.push([what, mend]);
-  }
-  return found;
-}
-
-/** The pods whose packets go elsewhere, though a route of ours is there. */
-async function strays({ own, peers, flags, there }: Setup) {
-  const ranges = [{ ip: "", podCIDR: own, dev: flags.bridge }, ...peers]
-    .filter((range) => there.has(routeTo(range)));
-  // The kernel is asked for each address at which a route begins.
-  const starts = [...there].map((it) => /add \D*([\d.]+)/.exec(it)?.[1] ?? "");
-  const ways = await waysTo(starts);
-  return [...new Set(starts)].flatMap((to): Trouble[] => {
-    const range = ranges.find((it) => ipam.overlaps(it.podCIDR, `${to}/32`));
-    const { gateway, dev = "nobody" } = ways.get(to) ?? {};
-    const hop = range?.ip || range?.dev;
-    if (!hop || hop === (gateway ?? dev)) return [];
-    const what = `Packets to ${to} go to ${gateway ?? dev}, not to ${hop}`;
-    return [[what, `ip rule; ip route show table all match ${to}`]];
-  });
+  if (ours) return { ...ours, name, cniVersion };
+  if (given) return file;
+  return fail(
+    1,
+    `${path} comes first, and is not for custom-cni`,
+    `mv ${path} /root/`,
+  );
 }
 
 /** Reads a file as a JSON object. */
 async function readJSON(path: string, mend: string): Promise<plugin.Any> {
-  return await Deno.readTextFile(path).then(plugin.parseConf)
-    .catch((it) => fail(1, `Cannot read "${path}"`, `${mend}; ${it}`));
+  try {
+    return plugin.parseConf(await Deno.readTextFile(path));
+  } catch (error) {
+    return fail(1, `Cannot read "${path}"`, `${mend}; ${error}`);
+  }
+}
+
+/** Reads the flags. @throws {CNIError} 2 for what can't be meant. */
+function readFlags(args: string[]) {
+  // parseArgs takes a lone - for a flag, not for the value of --nodes.
+  const words = args.map((arg) => arg.replace(/(^|=)-$/, "$1/dev/stdin"));
+  const flags = parseArgs(words, {
+    string: ["peer", "nodes", "conf", "only"],
+    boolean: ["keep-source", "check", "delete", "dry-run", "help"],
+    collect: ["peer", "only"],
+    unknown: (arg) => fail(2, `Unknown argument "${arg}"`, "see --help"),
+  });
+  const { peer, only, nodes, conf } = flags;
+  for (const [name, values] of Object.entries({ peer, only, nodes, conf })) {
+    if ([values].flat().includes("")) fail(2, `--${name} needs a value`);
+  }
+  for (const step of only) {
+    if (!STEPS[step]) {
+      fail(2, `--only "${step}" is no step`, `use ${Object.keys(STEPS)}`);
+    }
+  }
+  const steps = only.length > 0 ? only : Object.keys(STEPS);
+  const needsPeer = steps.includes("routes") || flags["keep-source"];
+  const hasPeer = peer.length > 0 || nodes || flags.help || flags.check;
+  if (needsPeer && !hasPeer) fail(2, "No peer is named", "--peer or --nodes");
+  return { ...flags, only: steps, peer: [...new Set(peer)] };
+}
+
+/** What is wrong, and the commands that mend it or that show more. */
+interface Trouble {
+  what: string;
+  commands: string[];
+}
+
+/** Tells what is well on this node and what is not, and changes nothing. */
+async function check(flags: Flags): Promise<void> {
+  let setup: Setup;
+  try {
+    setup = await learn(flags);
+  } catch (error) {
+    return tell("", [troubleOf(error)]);
+  }
+  const there = await whatIsThere();
+  const missing = commandsOf(setup, flags.only)
+    .filter(({ line }) => !isThere(line, there))
+    .map(({ without, line }) => ({ what: without, commands: [line] }));
+  tell("All rules and routes are there", missing);
+  tell("cni0 is well", await lookAtBridge(setup));
+  tell("The pods' host veths are well", await lookAtVeths(setup));
+  tell("Pods' packets fit through the NIC", await lookAtMTU(setup));
+  if (flags["dry-run"]) {
+    console.log(
+      "     No pod was started to see whether packets pass: --dry-run",
+    );
+  } else {
+    await tryWithPods(setup);
+  }
+}
+
+/** What a CNIError says; any other is a fault of this program. */
+function troubleOf(error: unknown): Trouble {
+  if (!(error instanceof CNIError)) throw error;
+  return { what: error.message, commands: [error.details] };
+}
+
+/** Prints that all is well, or each trouble. */
+function tell(ok: string, troubles: Trouble[]): void {
+  if (troubles.length === 0) console.log(`ok   ${ok}`);
+  for (const { what, commands } of troubles) {
+    const lines = [`BAD  ${what}`, ...commands.filter(Boolean)];
+    console.log(lines.join("\n     "));
+    Deno.exitCode = 1;
+  }
+}
+
+/** Is cni0 up, with the gateway's address, and do packets to pods go there? */
+async function lookAtBridge({ podCIDR }: Setup): Promise<Trouble[]> {
+  const gateway = ipam.address(podCIDR, 1);
+  const cidr = `${gateway}/${podCIDR.prefix}`;
+  try {
+    const { bridge, hasRoute } = await plugin.lookAtNode(podCIDR);
+    if (!bridge) return []; // the node had no pod yet
+    if (!plugin.isUp(bridge)) {
+      return [{ what: "cni0 is down", commands: ["ip link set cni0 up"] }];
+    }
+    if (!plugin.addressesOf(bridge).includes(cidr)) {
+      const mend = `ip addr add ${cidr} dev cni0`;
+      return [{ what: `cni0 lacks ${cidr}`, commands: [mend] }];
+    }
+    if (!hasRoute) {
+      const mend = `ip route add ${podCIDR.text} dev cni0 src ${gateway}`;
+      return [{ what: "The node has no route to its pods", commands: [mend] }];
+    }
+    if (bridge.linkinfo?.info_data?.stp_state) {
+      const mend = "ip link set cni0 type bridge stp_state 0";
+      return [{ what: "STP lets new pods wait 30 s", commands: [mend] }];
+    }
+    return [];
+  } catch (error) {
+    return [troubleOf(error)];
+  }
+}
+
+/** Is each host veth on cni0, up, and does its name tell its number? */
+async function lookAtVeths({ podCIDR }: Setup): Promise<Trouble[]> {
+  const links: plugin.Link[] = await plugin.ip("link show");
+  const troubles: Trouble[] = [];
+  for (const link of links) {
+    const { ifname, master } = link;
+    const n = plugin.numberOf(link, podCIDR);
+    if (!ipam.isForPod(podCIDR, n)) continue;
+    const podIP = ipam.address(podCIDR, n);
+    if (master !== "cni0") {
+      const what = `${ifname} is not on cni0: the pod ${podIP} is cut off`;
+      const onto = `ip link set ${ifname} master cni0 up`;
+      const hairpin = `ip link set ${ifname} type bridge_slave hairpin on`;
+      troubles.push({ what, commands: [onto, hairpin] });
+    } else if (!plugin.isUp(link)) {
+      const what = `${ifname} is down: the pod ${podIP} is cut off`;
+      troubles.push({ what, commands: [`ip link set ${ifname} up`] });
+    }
+    if (ifname !== `veth${n}`) {
+      const what = `${ifname} was veth${n}: another pod may get ${podIP} too`;
+      const rename = `ip link set ${ifname} down name veth${n}`;
+      troubles.push({ what, commands: [rename, `ip link set veth${n} up`] });
+    }
+  }
+  return troubles;
+}
+
+/** Is there a device to others that takes less than pods send? */
+async function lookAtMTU({ conf, peers }: Setup): Promise<Trouble[]> {
+  const sent = conf.mtu ?? 1500;
+  const routes = await plugin.ip("route show default");
+  const devices = [...peers, ...routes].map(({ dev }) => dev);
+  const links = await plugin.ip("link show");
+  return links.filter((it) => devices.includes(it.ifname) && it.mtu < sent)
+    .map(({ ifname, mtu }) => ({
+      what: `Pods send ${sent} bytes at once, too many for ${ifname}`,
+      commands: [
+        `"mtu": ${mtu} # in the conf, for pods that start from then on`,
+      ],
+    }));
+}
+
+const BINARY = "/opt/cni/bin/custom-cni";
+
+/** A pod of the check. */
+interface Pod {
+  name: string;
+  address: string;
+}
+
+/** A way that packets must be able to go. */
+interface Way {
+  from: string;
+  /** The words that run a command there. */
+  enter: string[];
+  to: string;
+  address: string;
+  /** The pod that is called, if it is one of ours. */
+  seenBy?: Pod;
+  /** What to look at if no answer comes. */
+  commands: string[];
+}
+
+/** Starts two pods for a moment, as a kubelet would, and lets them call. */
+async function tryWithPods(setup: Setup): Promise<void> {
+  const names = [`check-${Deno.pid}-a`, `check-${Deno.pid}-b`];
+  let isInterrupted = false;
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    // The check ends a moment later, when its pods have ended.
+    Deno.addSignalListener(signal, () => isInterrupted = true);
+  }
+  try {
+    const pods: Pod[] = [];
+    for (const name of names) {
+      pods.push(await startPod(name, setup.conf));
+    }
+    const ways = waysOf(setup, pods);
+    // Some at a time, for there may be a thousand peers.
+    while (ways.length > 0 && !isInterrupted) {
+      const some = ways.splice(0, 50);
+      const alive = await Promise.all(some.map(answers));
+      if (!isInterrupted) some.forEach((way, i) => tellWay(way, alive[i]));
+    }
+  } catch (error) {
+    if (!(error instanceof CNIError)) throw error;
+    const what = `A pod gets no network: ${error.message}`;
+    if (!isInterrupted) tell("", [{ what, commands: [error.details] }]);
+  } finally {
+    for (const name of names) await endPod(name, setup.conf);
+  }
+  if (isInterrupted) Deno.exit(130);
+}
+
+/** Makes a pod. @throws {CNIError} as ADD answers. */
+async function startPod(name: string, conf: plugin.Conf): Promise<Pod> {
+  await run(["ip", "netns", "add", name]);
+  const { stdout, stderr } = await callPlugin("ADD", name, conf);
+  if (!stdout.startsWith("{")) {
+    const mend = `cp dist/custom-cni ${BINARY}.new; mv ${BINARY}.new ${BINARY}`;
+    fail(1, `${BINARY} does not start: ${stderr}`, mend);
+  }
+  const { code, msg, details, ips } = JSON.parse(stdout);
+  if (code) fail(code, msg, details);
+  // A rule that rejects sends this, and it would look like an answer.
+  const drop = "-p icmp --icmp-type destination-unreachable -j DROP".split(" ");
+  await run([...inPod(name), "iptables", "-w", "-A", "INPUT", ...drop]);
+  return { name, address: ips[0].address.split("/")[0] };
+}
+
+/** Ends a pod, whatever there is of it. */
+async function endPod(name: string, conf: plugin.Conf): Promise<void> {
+  const ends = [
+    () => callPlugin("DEL", name, conf),
+    () => run(["ip", "netns", "del", name]),
+  ];
+  for (const end of ends) {
+    await end().catch(({ message }) => console.error(`Warning: ${message}`));
+  }
+}
+
+/** Calls the plugin, as a container runtime does. */
+async function callPlugin(verb: string, pod: string, conf: plugin.Conf) {
+  const variables = [
+    `CNI_COMMAND=${verb}`,
+    `CNI_CONTAINERID=${pod}`,
+    `CNI_NETNS=/var/run/netns/${pod}`,
+    "CNI_IFNAME=eth0",
+    "CNI_PATH=/opt/cni/bin",
+  ];
+  const stdin = JSON.stringify(conf);
+  return await run(["env", ...variables, BINARY], stdin);
+}
+
+const inPod = (pod: string) => ["nsenter", `--net=/var/run/netns/${pod}`];
+
+/** The ways that the tutorial promises, each with what can stand in it. */
+function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
+  const gateway = ipam.address(podCIDR, 1);
+  const fromPod = { from: "A pod", enter: inPod(a.name) };
+  const ways: Way[] = [{
+    ...fromPod,
+    to: `its gateway ${gateway}`,
+    address: gateway,
+    commands: [...firewall("INPUT"), "iptables -nvL OUTPUT"],
+  }, {
+    ...fromPod,
+    to: "another pod of this node",
+    address: b.address,
+    seenBy: b,
+    commands: [...firewall("FORWARD"), "bridge -d link show"],
+  }, {
+    from: "The node",
+    enter: [],
+    to: "a pod",
+    address: a.address,
+    seenBy: a,
+    commands: [...firewall("OUTPUT"), `ip route get ${a.address}`],
+  }];
+  for (const peer of peers) {
+    const itsGateway = ipam.address(peer.podCIDR, 1);
+    const there = `on ${peer.ip}: deno run -A node-setup.ts --check`;
+    const settings = "sysctl -a | grep -wE 'forwarding|rp_filter'";
+    ways.push({
+      ...fromPod,
+      to: `the node ${peer.ip}`,
+      address: peer.ip,
+      commands: [
+        ...firewall("FORWARD"),
+        settings,
+        `ip route get ${peer.ip}`,
+        there,
+      ],
+    }, {
+      ...fromPod,
+      to: `${itsGateway}, which ${peer.ip} has from its first pod on`,
+      address: itsGateway,
+      commands: [
+        ...firewall("FORWARD"),
+        "ip rule",
+        `ip route get ${itsGateway}`,
+        there,
+      ],
+    });
+  }
+  return ways;
+}
+
+const firewall = (chain: string) => [
+  `iptables -nvL ${chain}`,
+  "nft list ruleset",
+];
+
+/** Calls a port where nobody listens: who gets the call refuses it. */
+async function answers({ enter, address, seenBy }: Way): Promise<boolean> {
+  const call = `echo > /dev/tcp/${address}/9`;
+  const words = [...enter, "timeout", "2", "bash", "-c", call];
+  const { code, stderr } = await run(words);
+  if (code !== 0 && !stderr.includes("refused")) return false;
+  if (!seenBy) return true;
+  // A rule that rejects refuses it as well. Has the pod itself?
+  const count = [...inPod(seenBy.name), "nstat", "-asz", "TcpOutRsts"];
+  const { stdout } = await run(count);
+  return !/^TcpOutRsts +0 /m.test(stdout);
+}
+
+function tellWay({ from, to, commands }: Way, isAlive: boolean): void {
+  const troubles = [{ what: `${from} does not reach ${to}`, commands }];
+  tell(`${from} reaches ${to}`, isAlive ? [] : troubles);
 }
 
 if (import.meta.main) {
-  await main(Deno.args).catch((error) => {
+  try {
+    await main(Deno.args);
+  } catch (error) {
     if (!(error instanceof CNIError)) throw error;
     console.error(`Error: ${error.message}\n  ${error.details}`.trimEnd());
     Deno.exitCode = error.code === 2 ? 2 : 1;
-  });
+  }
   Deno.exit(); // else it waits for half a minute: see run() of custom-cni.ts
 }
