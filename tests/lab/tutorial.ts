@@ -143,7 +143,7 @@ The counter goes up by one for each pod; at the usual level the log has a line
 for each call; and node-setup.ts looks at the node, with a command for each
 trouble that it finds. The next steps are about them.`);
   await on(node2, "cat /tmp/last_allocated_ip; tail -n 1 /var/log/cni.log");
-  await setup(node2, "--check --peer 10.0.2.14", 1);
+  await setup(node2, "--check --dry-run --peer 10.0.2.14", 1);
 }
 
 /** Step 2: why a bridge alone is not enough. */

@@ -571,3 +571,59 @@ Deno.test("after a reboot the README's unit brings all back", async () => {
   await node.sh(deno);
   assertEquals(await tables(node), before);
 });
+
+Deno.test("a kernel without br_netfilter is a warning, with its reason", async () => {
+  await using node = await start();
+  await succeed(node, PEER);
+  await shim(
+    node,
+    "modprobe",
+    "echo Module br_netfilter not found >&2; exit 1",
+  );
+  // It has no such key: "sysctl -e" leaves it out, "sysctl -w" fails.
+  await shim(
+    node,
+    "sysctl",
+    `[ "$1" != -e ] || exec sysctl "$2"
+    case "$*" in *bridge*) echo no such key >&2; exit 1;; esac`,
+  );
+  const { code, stdout, stderr } = await setup(node, PEER);
+  assertEquals(code, 0);
+  assertMatch(stdout, /# 2 new, 5 there already\n$/);
+  assertMatch(
+    stderr,
+    /^Warning: modprobe br_netfilter: Module br_netfilter not/,
+  );
+});
+
+Deno.test("a node without modprobe gets all but bridged packets", async () => {
+  await using node = await start();
+  const tools = "bash ip iptables sed sysctl";
+  await node.sh(`mkdir /opt/tools
+    sysctl -qw net.bridge.bridge-nf-call-iptables=1
+    for t in ${tools}; do ln -s $(command -v $t) /opt/tools; done
+    # The key is not there, as long as nobody loads the module.
+    rm /opt/tools/sysctl
+    printf '#!/bin/sh\n[ "$1" != -e ] || exec /sbin/sysctl "$2"
+case "$*" in *bridge*) echo no such key >&2; exit 1;; esac
+exec /sbin/sysctl "$@"\n' > /opt/tools/sysctl
+    chmod +x /opt/tools/sysctl`);
+  const words = ["env", "PATH=/opt/tools", ...NODE_SETUP, ...PEER.split(" ")];
+  const { code, stdout, stderr } = await node.run(...words);
+  assertEquals(code, 0, stderr);
+  assertMatch(stdout, /^# 7 new, 0 there already$/m);
+  assertMatch(stderr, /^Warning: modprobe br_netfilter: modprobe is not on/);
+  assertMatch(await tables(node), /-A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT/);
+  assertMatch(await tables(node), /MASQUERADE/);
+});
+
+Deno.test("--delete leaves br_netfilter on; a run turns it on", async () => {
+  await using node = await start();
+  await succeed(node, PEER);
+  await node.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0");
+  const stdout = await succeed(node, "--only forward");
+  assertMatch(stdout, /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/m);
+  await succeed(node, `${PEER} --delete`);
+  const now = await node.sh("sysctl -n net.bridge.bridge-nf-call-iptables");
+  assertEquals(now, "1");
+});

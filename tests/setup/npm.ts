@@ -74,10 +74,8 @@ const COMPILED = {
 const TOOLS: Record<string, string> = {
   busybox: "busybox",
   ip: "iproute2",
-  ipset: "ipset",
   iptables: "iptables",
   mount: "mount",
-  nfacct: "nfacct",
   nft: "nftables",
   nsenter: "util-linux",
   perl: "perl-base",
