@@ -204,7 +204,7 @@ interface NodeState {
  */
 export async function lookAtNode(
   podCIDR: PodCIDR,
-  veth = "veth1",
+  veth = "veth1", // which no pod has
 ): Promise<NodeState> {
   const gateway = ipam.address(podCIDR, 1);
   const cidr = `${gateway}/${podCIDR.prefix}`;
@@ -372,10 +372,14 @@ async function takeBack(
   } catch {
     // It was never made; or it stays, and DEL finds it by its alias.
   }
-  if (oldTarget) {
-    await giveName(name, oldTarget);
-  } else if (name && linkTarget(name)) {
-    Deno.removeSync(name);
+  try {
+    if (oldTarget) {
+      await giveName(name, oldTarget);
+    } else if (name && linkTarget(name)) {
+      Deno.removeSync(name);
+    }
+  } catch {
+    // It stays, and the next DEL takes it away.
   }
 }
 
