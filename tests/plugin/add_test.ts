@@ -456,7 +456,7 @@ Deno.test("an ip that can't be started looks like a missing one", async () => {
   await Deno.writeTextFile(node.path("/opt/few"), script, { mode: 0o755 });
   const pod = await node.sandbox("alpine1");
   const answer = await node.cni("ADD", pod, { plugin: "/opt/few" });
-  assertError(answer, 100, /Cannot start ip.*Too many open files/);
+  assertError(answer, 100, /Cannot start \w+;.*Too many open files/);
   assertEquals(/not on the PATH|apt-get/.test(answer.stdout), false);
 });
 
