@@ -609,8 +609,8 @@ interface Way {
   enter: string[];
   to: string;
   address: string;
-  /** The pod that is called, if it is one of ours. */
-  seenBy?: Pod;
+  /** The words that enter the one who is called, where that can be done. */
+  called?: string[];
   /** What to look at if no answer comes. */
   commands: string[];
 }
@@ -695,19 +695,20 @@ function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
     ...fromPod,
     to: `its gateway ${gateway}`,
     address: gateway,
+    called: [],
     commands: [...firewall("INPUT"), "iptables -nvL OUTPUT"],
   }, {
     ...fromPod,
     to: "another pod of this node",
     address: b.address,
-    seenBy: b,
+    called: inPod(b.name),
     commands: [...firewall("FORWARD"), "bridge -d link show"],
   }, {
     from: "The node",
     enter: [],
     to: "a pod",
     address: a.address,
-    seenBy: a,
+    called: inPod(a.name),
     commands: [...firewall("OUTPUT"), `ip route get ${a.address}`],
   }];
   for (const peer of peers) {
@@ -745,16 +746,20 @@ const firewall = (chain: string) => [
 ];
 
 /** Calls a port where nobody listens: who gets the call refuses it. */
-async function answers({ enter, address, seenBy }: Way): Promise<boolean> {
+async function answers({ enter, address, called }: Way): Promise<boolean> {
+  const before = called ? await countRefused(called) : 0;
   const call = `echo > /dev/tcp/${address}/9`;
   const words = [...enter, "timeout", "2", "bash", "-c", call];
   const { code, stderr } = await run(words);
   if (code !== 0 && !stderr.includes("refused")) return false;
-  if (!seenBy) return true;
-  // A rule that rejects refuses it as well. Has the pod itself?
-  const count = [...inPod(seenBy.name), "nstat", "-asz", "TcpOutRsts"];
-  const { stdout } = await run(count);
-  return !/^TcpOutRsts +0 /m.test(stdout);
+  // A rule that rejects can refuse it as well, on the way there.
+  return !called || await countRefused(called) > before;
+}
+
+/** How many calls a namespace has refused itself: see nstat(8). */
+async function countRefused(enter: string[]): Promise<number> {
+  const { stdout } = await run([...enter, "nstat", "-asz", "TcpOutRsts"]);
+  return Number(/^TcpOutRsts +(\d+)/m.exec(stdout)?.[1]);
 }
 
 function tellWay({ from, to, commands }: Way, isAlive: boolean): void {

@@ -263,6 +263,13 @@ const DEAD: Dead[] = [
     look: ["iptables -nvL INPUT", /REJECT .*cni0/],
   },
   {
+    symptom: "pods reach no API server: INPUT resets new calls",
+    fault: `iptables -A INPUT -p tcp -m conntrack --ctstate NEW -i cni0 \
+      -j REJECT --reject-with tcp-reset`,
+    dead: [GATEWAY],
+    look: ["iptables -nvL INPUT", /tcp-reset/],
+  },
+  {
     symptom: "pods reach no API server: a cloud image's INPUT",
     fault:
       `iptables -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
