@@ -647,7 +647,11 @@ async function tryWithPods(setup: Setup): Promise<void> {
 
 /** Makes a pod. @throws {CNIError} as ADD answers. */
 async function startPod(name: string, conf: plugin.Conf): Promise<Pod> {
-  await run(["ip", "netns", "add", name]);
+  // Not by `ip netns add`: where nobody has called that before, it mounts
+  // /run/netns upon itself, and the runtime's namespaces are there twice.
+  await Deno.writeTextFile(netnsOf(name), "");
+  const made = await run(["unshare", `--net=${netnsOf(name)}`, "true"]);
+  if (made.code !== 0) fail(1, "unshare makes no namespace", made.stderr);
   const { stdout, stderr } = await callPlugin("ADD", name, conf);
   if (!stdout.startsWith("{")) {
     const mend = `cp dist/custom-cni ${BINARY}.new; mv ${BINARY}.new ${BINARY}`;
@@ -665,7 +669,8 @@ async function startPod(name: string, conf: plugin.Conf): Promise<Pod> {
 async function endPod(name: string, conf: plugin.Conf): Promise<void> {
   const ends = [
     () => callPlugin("DEL", name, conf),
-    () => run(["ip", "netns", "del", name]),
+    () => run(["umount", netnsOf(name)]),
+    () => Deno.remove(netnsOf(name)),
   ];
   for (const end of ends) {
     await end().catch(({ message }) => console.error(`Warning: ${message}`));
@@ -673,11 +678,11 @@ async function endPod(name: string, conf: plugin.Conf): Promise<void> {
 }
 
 /** Calls the plugin, as a container runtime does. */
-async function callPlugin(verb: string, pod: string, conf: plugin.Conf) {
+async function callPlugin(verb: string, name: string, conf: plugin.Conf) {
   const variables = [
     `CNI_COMMAND=${verb}`,
-    `CNI_CONTAINERID=${pod}`,
-    `CNI_NETNS=/var/run/netns/${pod}`,
+    `CNI_CONTAINERID=${name}`,
+    `CNI_NETNS=${netnsOf(name)}`,
     "CNI_IFNAME=eth0",
     "CNI_PATH=/opt/cni/bin",
   ];
@@ -685,7 +690,8 @@ async function callPlugin(verb: string, pod: string, conf: plugin.Conf) {
   return await run(["env", ...variables, BINARY], stdin);
 }
 
-const inPod = (pod: string) => ["nsenter", `--net=/var/run/netns/${pod}`];
+const netnsOf = (name: string) => `/run/${name}`;
+const inPod = (name: string) => ["nsenter", `--net=${netnsOf(name)}`];
 
 /** The ways that the tutorial promises, each with what can stand in it. */
 function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {

@@ -75,7 +75,8 @@ function everything(node: Node): Promise<string> {
   return node.sh(`iptables-save; iptables-legacy-save; nft list ruleset
     ip rule; ip route show table all; ip -o addr; ip -d -o link; ip netns
     sysctl -a 2> /dev/null | grep -E 'forwarding|bridge-nf|rp_filter'
-    find /run/netns /etc/cni /opt -xdev ! -path '*/.custom-cni/*'`);
+    cut -d' ' -f2,3 /proc/mounts | sort
+    find /run /etc/cni /opt -xdev ! -path '*/.custom-cni/*'`);
 }
 
 /** A listing without what passes by itself: counters, and what IPv6 tries. */
@@ -93,6 +94,17 @@ Deno.test("a node that is well has no trouble, and none is made", async () => {
   assertEquals(await check(node, ...PEER), []);
   assertEquals(settled(await everything(node)), before);
   assertEquals(await node.sh("cat /tmp/last_allocated_ip"), "6");
+});
+
+Deno.test("a namespace lives on after its pod: /run/netns is mounted twice", async () => {
+  await using node = await Node.start("node2", CONF);
+  // The runtime's namespace, as one makes it that does not call `ip netns`.
+  await node.sh("mkdir /run/netns; touch /run/netns/cni-1; sync");
+  await node.sh("unshare --net=/run/netns/cni-1 true");
+  const mounts = () => node.sh("cut -d' ' -f2,3 /proc/mounts");
+  const before = await mounts();
+  await node.run(...NODE_SETUP, "--check");
+  assertEquals(await mounts(), before);
 });
 
 Deno.test("--check --dry-run looks, and starts no pod", async () => {
