@@ -98,7 +98,7 @@ for (const { name, releases, cniVersion } of RUNS) {
             const isReady = async () => (await networkReady(node2)).status;
             await until("not ready", async () => !await isReady());
             const { message } = await networkReady(node2);
-            assert(message.includes("enp0s3 has 10.240.0.77/24"), message);
+            assert(message.includes("to 10.240.0.0/24 is by enp0s3"), message);
             await node2.sh(`ip addr del ${address}`);
             await until("the node is ready again", isReady);
           },

@@ -70,7 +70,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
             "a",
           );
           assert(code !== 0);
-          assertMatch(stderr, /lo has 10\.240\.0\.77\/24/);
+          assertMatch(stderr, /its route to 10\.240\.0\.0\/24 is by lo/);
           await host.sh("ip addr del 10.240.0.77/24 dev lo");
         });
       }
