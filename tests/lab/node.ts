@@ -84,7 +84,7 @@ export async function run(
   const [program, ...args] = command;
   const child = new Deno.Command(program, {
     args,
-    env: options.env,
+    env: { LC_ALL: "C.UTF-8", ...options.env },
     stdin: "piped",
     stdout: "piped",
     stderr: "piped",
@@ -140,11 +140,14 @@ name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
 mount --make-rprivate /
 echo "$name" > /proc/sys/kernel/hostname
 mount -t sysfs sysfs /sys
+# Either may lie below /mnt, which is covered now.
+exec 3< "$root" 4< "$deno"
 mount -t tmpfs tmpfs /mnt
 cd /mnt
 mkdir upper work root deno
-mount --bind "$root" root
-mount --bind "$deno" deno
+mount --no-canonicalize --bind /proc/self/fd/3 root
+mount --no-canonicalize --bind /proc/self/fd/4 deno
+exec 3<&- 4<&-
 mount -t overlay -o lowerdir=/etc,upperdir=upper,workdir=work etc /etc
 for folder in /opt /run /var/log /tmp; do
   mount -t tmpfs -o mode=755 tmpfs $folder

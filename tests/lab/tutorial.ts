@@ -47,7 +47,7 @@ async function on(node: Node, line: string): Promise<string> {
 /** Runs node-setup.ts on a node, as an operator would. */
 async function setup(node: Node, flags: string, status = 0): Promise<void> {
   const line = `deno run -A node-setup.ts ${flags}`;
-  const deno = `cd ${ROOT} && exec ${Deno.execPath()}`;
+  const deno = `cd '${ROOT}' && exec '${Deno.execPath()}'`;
   const { code, stdout, stderr } = await node.run(
     ...["sh", "-c", line.replace("deno", deno)],
   );

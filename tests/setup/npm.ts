@@ -80,6 +80,7 @@ const TOOLS: Record<string, string> = {
   nsenter: "util-linux",
   perl: "perl-base",
   ping: "iputils-ping",
+  sysctl: "procps",
   tar: "tar",
   tcpdump: "tcpdump",
   unshare: "util-linux",
