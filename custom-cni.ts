@@ -468,32 +468,13 @@ async function check(call: Call, conf: Conf): Promise<Answer> {
   const { netns, ifname, alias, name } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
-  if (!conf.prevResult) {
-    fail(7, "CHECK needs the prevResult that ADD answered");
-  }
-  const { interfaces = [], ips = [], routes = [] } = conf.prevResult;
-  const index = interfaces.findIndex((it) => it.name === ifname && it.sandbox);
-  const mac = interfaces[index]?.mac;
-  const address = ips.find((it) => it.interface === index)?.address;
-  // A plugin after this one may replace the route, and then says so.
-  const needsRoute = routes.some((it) =>
-    it.dst === "0.0.0.0/0" && it.gw === gateway
-  );
-
   const cidr = `${gateway}/${podCIDR.prefix}`;
+  const { mac, address, needsRoute } = readPrevResult(call, conf, gateway);
   const links: Link[] = await ip("link show");
   const hostVeth = links.find((link) => link.ifalias === alias);
   const { bridge } = await lookAtNode(podCIDR);
-  let inside: Any[] = [];
-  try {
-    const look = `
-      addr show dev ${ifname}
-      route show default via ${gateway} dev ${ifname}`;
-    inside = await inPod(netns, look);
-  } catch {
-    // All that belongs there is missing, then.
-  }
-  const [podVeth, route]: [Link?, Route?] = [inside[0], inside[1]];
+  const { podVeth, route } = await lookIntoPod(call, gateway);
+  const isNamed = !name || sameFile(linkTarget(name), netns);
 
   const missing: string[] = [];
   const expect = (isThere: boolean, what: string) => {
@@ -503,18 +484,45 @@ async function check(call: Call, conf: Conf): Promise<Answer> {
   expect(hostVeth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
   expect(isUp(bridge), `${BRIDGE} that is up`);
   expect(addressesOf(bridge).includes(cidr), `${BRIDGE} with ${gateway}`);
-  expect(
-    !name || sameFile(linkTarget(name), netns),
-    `name ${name} for ${netns}`,
-  );
+  expect(isNamed, `name ${name} for ${netns}`);
   expect(isUp(podVeth), `${ifname} in ${netns} that is up`);
-  expect(addressesOf(podVeth).includes(address!), `${ifname} with ${address}`);
+  expect(addressesOf(podVeth).includes(address), `${ifname} with ${address}`);
   expect(podVeth?.address === mac, `${ifname} with its MAC`);
   expect(!needsRoute || route !== undefined, `default route via ${gateway}`);
   if (missing.length > 0) {
     fail(101, "Not as ADD left it", missing.join(", "));
   }
   return { note: "as ADD left it" };
+}
+
+/** What ADD, and the plugins after it, answered of the pod's interface. */
+function readPrevResult({ ifname }: Call, conf: Conf, gateway: string) {
+  if (!conf.prevResult) {
+    fail(7, "CHECK needs the prevResult that ADD answered");
+  }
+  const { interfaces = [], ips = [], routes = [] } = conf.prevResult;
+  const index = interfaces.findIndex((it) => it.name === ifname && it.sandbox);
+  const address = ips.find((it) => it.interface === index)?.address;
+  // A plugin after this one may replace the route, and then says so.
+  const needsRoute = routes.some((route) =>
+    route.dst === "0.0.0.0/0" && route.gw === gateway
+  );
+  return { mac: interfaces[index]?.mac, address: `${address}`, needsRoute };
+}
+
+/** The pod's interface and its default route, as far as they are there. */
+async function lookIntoPod({ netns, ifname }: Call, gateway: string) {
+  const look = `
+    addr show dev ${ifname}
+    route show default via ${gateway} dev ${ifname}`;
+  try {
+    const answers = await inPod(netns, look);
+    const podVeth: Link = answers[0];
+    const route: Route | undefined = answers[1];
+    return { podVeth, route };
+  } catch {
+    return {}; // neither is there
+  }
 }
 
 export const isUp = (link?: Link) => link?.flags.includes("UP") ?? false;
