@@ -145,17 +145,18 @@ async function add(call: Call, conf: Conf): Promise<Answer> {
       fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
     }
 
-    // A name for the namespace, so that `ip netns exec CONTAINERID` works.
-    await Promise.all([refuseRouters(ifname, netns), giveName(name, netns)]);
-
-    // In the pod: up, address, default route, and its MAC is read. The route is
+    // A name for the namespace, so that `ip netns exec CONTAINERID` works. And
+    // in the pod: up, address, default route, and its MAC is read. The route is
     // appended, so the one of another network stays the first.
     const inside = `
       link set ${ifname} up
       addr add ${address} dev ${ifname}
       route append default via ${gateway} dev ${ifname}
       link show dev ${ifname}`;
-    const [podVeth]: Link[] = await inPod(netns, inside);
+    const [[podVeth]] = await Promise.all([
+      inNewPod(netns, ifname, inside),
+      giveName(name, netns),
+    ]);
 
     // The result. As in the script the pod's interface is the first, but for
     // those of the plugins before this one.
@@ -179,8 +180,8 @@ async function add(call: Call, conf: Conf): Promise<Answer> {
     };
     return { result, note: `${address} ${veth}` };
   } catch (error) {
-    await takeBack(call, veth, podIP, oldTarget);
-    throw explain(error, call);
+    await takeBack(call, veth, oldTarget);
+    throw await explain(error, call, veth);
   }
 }
 
@@ -264,7 +265,7 @@ async function makeBridge(podCIDR: PodCIDR, bridge?: Link): Promise<Link> {
       link show dev ${BRIDGE}`;
     await ip(make, "-force");
   }
-  await refuseRouters(BRIDGE);
+  await deafenBridge();
   const route = `${podCIDR.text} dev ${BRIDGE} proto kernel scope link`;
   const [made] = await ip(`
     link set ${BRIDGE} address ${mac} alias ${PREPARED} up
@@ -275,15 +276,15 @@ async function makeBridge(podCIDR: PodCIDR, bridge?: Link): Promise<Link> {
 }
 
 /**
- * Makes a link that is down yet deaf to IPv6's router advertisements, which any
- * pod may send. A kernel that can't do so fails no pod.
+ * What makes a link that is down yet deaf to IPv6's router advertisements, which
+ * any pod may send: see sysctl(8). With slashes, since the name of a link may
+ * have a dot: eth0.1.
  */
-async function refuseRouters(link: string, netns?: string): Promise<void> {
-  // With slashes, for the name of a link may have a dot: eth0.1.
-  const command = ["sysctl", "-eqw", `net/ipv6/conf/${link}/accept_ra=0`];
-  if (netns) {
-    command.unshift("nsenter", `--net=${netns}`);
-  }
+const deafness = (link: string) => `net/ipv6/conf/${link}/accept_ra=0`;
+
+/** A kernel that can't do so fails no pod. */
+async function deafenBridge(): Promise<void> {
+  const command = ["sysctl", "-eqw", deafness(BRIDGE)];
   log.debug(command.join(" "));
   let complaint: string;
   try {
@@ -292,7 +293,7 @@ async function refuseRouters(link: string, netns?: string): Promise<void> {
     complaint = `${error}`;
   }
   if (complaint) {
-    log.warn(`${link} takes IPv6 routes from pods: ${complaint}`);
+    log.warn(`${BRIDGE} takes IPv6 routes from pods: ${complaint}`);
   }
 }
 
@@ -358,17 +359,13 @@ async function giveName(name: string | undefined, netns: string) {
 async function takeBack(
   call: Call,
   veth: string,
-  podIP: string,
   oldTarget?: string,
 ): Promise<void> {
-  const { alias, name } = call;
+  const { name } = call;
   deadline = undefined; // half a minute more
   try {
-    const [hostVeth]: Link[] = await ip(`link show dev ${veth}`);
-    const isOthers = hostVeth.ifalias && hostVeth.ifalias !== alias;
-    if (hostVeth.address === macOf(podIP, HOST_END) && !isOthers) {
-      await ip(`link del ${veth}`);
-    }
+    const links: Link[] = await ip(`link show dev ${veth}`);
+    await deleteLinks(await findOurs(call, links), links);
   } catch {
     // It was never made; or it stays, and DEL finds it by its alias.
   }
@@ -384,7 +381,7 @@ async function takeBack(
 }
 
 /** Puts the kernel's refusals that a runtime or an operator meets into words. */
-function explain(error: unknown, { netns, ifname }: Call): unknown {
+async function explain(error: unknown, call: Call, veth: string) {
   if (!(error instanceof CNIError)) return error;
   const { message, details } = error;
   if (details.includes("Exchange full")) {
@@ -393,10 +390,14 @@ function explain(error: unknown, { netns, ifname }: Call): unknown {
   }
   if (!message.startsWith("ip link add")) return error;
   if (details.includes("File exists")) {
-    return new CNIError(100, `${ifname} exists already in ${netns}`, details);
+    const exists = `${call.ifname} exists already in ${call.netns}`;
+    const inPod = new CNIError(100, exists, details);
+    // Who deletes the counter while pods start lets two of them take a number.
+    const onNode = new CNIError(11, `${veth} is another pod's`, "try again");
+    return await ip(`link show dev ${veth}`).then(() => onNode, () => inPod);
   }
   if (/Invalid ("netns"|argument)/.test(details)) {
-    const none = `CNI_NETNS ${netns} is no network namespace`;
+    const none = `CNI_NETNS ${call.netns} is no network namespace`;
     return new CNIError(4, none, details);
   }
   return error;
@@ -405,10 +406,7 @@ function explain(error: unknown, { netns, ifname }: Call): unknown {
 /** DEL: takes the attachment away, as often as asked, whatever is left. */
 async function del(call: Call): Promise<Answer> {
   const links: Link[] = await ip("link show");
-  let ours = links.filter((link) => link.ifalias === call.alias);
-  if (ours.length === 0) {
-    ours = await findUnmarked(call, links);
-  }
+  const ours = await findOurs(call, links);
   // With the host veth go the pod's end, its address and its route.
   const left = await deleteLinks(ours, links);
   if (call.name) {
@@ -418,11 +416,13 @@ async function del(call: Call): Promise<Answer> {
 }
 
 /**
- * The host veth of an ADD that was killed before it wrote the alias. The ends
- * of a pair know each other, and the MACs of ours have one address.
+ * The host veths of an attachment, by their alias. One of an ADD that was killed
+ * before it wrote that is known by its pod: the ends of a pair know each other,
+ * and the MACs of ours have one address.
  */
-async function findUnmarked(call: Call, links: Link[]): Promise<Link[]> {
-  if (!call.netns) return [];
+async function findOurs(call: Call, links: Link[]): Promise<Link[]> {
+  const ours = links.filter((link) => link.ifalias === call.alias);
+  if (ours.length > 0 || !call.netns) return ours;
   try {
     const [podVeth] = await inPod(call.netns, `link show dev ${call.ifname}`);
     const mac = podVeth.address.replace("0a:58", HOST_END);
@@ -814,13 +814,29 @@ async function inPod(netns: string, text: string): Promise<Any[]> {
   return await batch(["nsenter", `--net=${netns}`, "ip"], text);
 }
 
-async function batch(command: string[], text: string): Promise<Any[]> {
+/** The same for a new pod, which is made deaf before; both by one shell. */
+async function inNewPod(netns: string, ifname: string, text: string) {
+  const enter = ["nsenter", `--net=${netns}`];
+  const key = deafness(ifname);
+  log.debug([...enter, "sysctl", "-eqw", key].join(" "));
+  // The name comes as an argument, for it may have what a shell would run.
+  const script = 'sysctl -eqw "$0"; exec "$@"';
+  const shell = [...enter, "/bin/sh", "-c", script, key, "ip"];
+  return await batch([...enter, "ip"], text, shell);
+}
+
+/** Has a command, started by these words, do some lines of `ip`. */
+async function batch(
+  command: string[],
+  text: string,
+  words = command,
+): Promise<Any[]> {
   const lines = text.trim().split(/\s*\n\s*/);
   for (const line of lines) {
     log.debug([...command, line].join(" "));
   }
-  const words = [...command, "-json", "-batch", "-"];
-  const { code, stdout, stderr } = await run(words, lines.join("\n"));
+  const program = [...words, "-json", "-batch", "-"];
+  const { code, stdout, stderr } = await run(program, lines.join("\n"));
   const isForced = command.includes("-force");
   const isSilent = stdout === "" && lines.some((it) => /\bshow\b/.test(it));
   if (isSilent || (code !== 0 && !isForced)) {
@@ -828,6 +844,7 @@ async function batch(command: string[], text: string): Promise<Any[]> {
     const line = [...command, lines[Number(number) - 1]].join(" ");
     fail(100, line, stderr || "it answers nothing");
   }
+  if (code === 0 && stderr) log.warn(`${command.join(" ")}: ${stderr}`);
   // In a link's alias `ip` leaves control characters as they are. The one of
   // Debian 11 escapes apostrophes too, which JSON does not know.
   const clean = stdout.replace(/[^ -\uffff\n]/g, " ")

@@ -317,6 +317,28 @@ Deno.test("a second ADD that fails takes the first one's network", async () => {
   assertEquals(await node.listing(first), before);
 });
 
+Deno.test("ADD answers 11 when another ADD has the number meanwhile", async () => {
+  await using node = await Node.start("node1");
+  const pod = await node.sandbox("nginx1");
+  // Between the look and the pair: as if somebody had deleted the counter.
+  await node.shim(
+    "ip",
+    `lines=$(cat)
+    case $lines in
+    "link add veth"*) ip link add veth2 alias other type veth peer name v ;;
+    esac
+    echo "$lines" | ip "$@"`,
+  );
+  const env = { PATH: SHIM_PATH };
+  assertError(
+    await node.cni("ADD", pod, { env }),
+    11,
+    /veth2 is another pod's/,
+  );
+  await node.sh("ip link show veth2");
+  assertEquals(await node.in(pod, "ls /sys/class/net"), "lo");
+});
+
 Deno.test("ADD answers 11 when the bridge has no port left", async () => {
   const podcidr = "10.0.0.0/8";
   await using node = await Node.start("node1", conf({ podcidr }));
@@ -330,6 +352,27 @@ Deno.test("ADD answers 11 when the bridge has no port left", async () => {
   assertEquals(await node.listing(pod), before);
   await node.cni("DEL", first);
   await node.ping(addressOf(await node.cni("ADD", pod)));
+});
+
+Deno.test("ADD gives an interface its name, whatever a shell would make of it", async () => {
+  await using node = await Node.start("node1");
+  for (
+    const ifname of ["$(id)`id`;&|*", ";reboot", "a>b<c", "~!{x}[y]?", "&"]
+  ) {
+    const pod = await node.sandbox("alpine1");
+    const env = { CNI_IFNAME: ifname };
+    const answer = await node.cni("ADD", pod, { env });
+    assertEquals(answer.code, 0, answer.stdout);
+    const look = "cd /proc/sys/net/ipv6/conf; ls; cat -- */accept_ra";
+    const seen = await node.in(pod, `sh -c '${look}'`);
+    const names = seen.split("\n").filter((line) => /\D/.test(line));
+    assertEquals(names.sort(), ["all", "default", "lo", ifname].sort());
+    // Of the three and itself, it alone takes no IPv6 route from a router.
+    const count = "grep -l 0 /proc/sys/net/ipv6/conf/*/accept_ra | wc -l";
+    assertEquals(await node.in(pod, `sh -c '${count}'`), "1", ifname);
+    await node.ping("10.240.0.1", pod);
+    assertEquals((await node.cni("DEL", pod, { env })).code, 0);
+  }
 });
 
 Deno.test("ADD of net1 alone gives a pod its network", async () => {
