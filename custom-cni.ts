@@ -390,11 +390,14 @@ async function explain(error: unknown, call: Call, veth: string) {
   }
   if (!message.startsWith("ip link add")) return error;
   if (details.includes("File exists")) {
-    const exists = `${call.ifname} exists already in ${call.netns}`;
-    const inPod = new CNIError(100, exists, details);
-    // Who deletes the counter while pods start lets two of them take a number.
-    const onNode = new CNIError(11, `${veth} is another pod's`, "try again");
-    return await ip(`link show dev ${veth}`).then(() => onNode, () => inPod);
+    try {
+      // Who deletes the counter while pods start lets two of them take a number.
+      await ip(`link show dev ${veth}`);
+      return new CNIError(11, `${veth} is another pod's`, "try again");
+    } catch {
+      const exists = `${call.ifname} exists already in ${call.netns}`;
+      return new CNIError(100, exists, details);
+    }
   }
   if (/Invalid ("netns"|argument)/.test(details)) {
     const none = `CNI_NETNS ${call.netns} is no network namespace`;
