@@ -22,7 +22,7 @@ import deno from "./deno.json" with { type: "json" };
 import * as ipam from "./ipam.ts";
 import { CNIError, fail, type PodCIDR } from "./ipam.ts";
 
-export const BRIDGE = "cni0";
+const BRIDGE = "cni0";
 const LOG = "/var/log/cni.log";
 const NETNS_DIR = "/var/run/netns"; // where `ip netns` looks
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -298,7 +298,7 @@ async function deafenBridge(): Promise<void> {
 }
 
 /** The numbers of a range that are in use, by the host veths. */
-export async function usedNumbers(podCIDR: PodCIDR): Promise<Set<number>> {
+async function usedNumbers(podCIDR: PodCIDR): Promise<Set<number>> {
   const links: Link[] = await ip("link show");
   const used = new Set<number>();
   for (const link of links) {
@@ -641,7 +641,7 @@ export function parseConf(text: string): Any {
  * @param since The version that brought the verb.
  * @throws {CNIError} 7 for a key that can't be, 1 for a version.
  */
-export function checkConf(conf: Any, since = "0.3.0"): void {
+function checkConf(conf: Any, since: string): void {
   const { cniVersion, mtu, dns, logLevel, runtimeConfig, prevResult } = conf;
   checkName(conf);
   if (cniVersion !== undefined && typeof cniVersion !== "string") {

@@ -11,7 +11,7 @@
  */
 
 /** Where the number that was given last is kept. */
-export const COUNTER = "/tmp/last_allocated_ip";
+const COUNTER = "/tmp/last_allocated_ip";
 
 /** An error as a plugin reports it (CNI spec, section 5, "Error"). */
 export class CNIError extends Error {

@@ -300,9 +300,7 @@ interface Reach {
 async function waysTo(ips: string[]): Promise<Map<string, Reach>> {
   if (ips.length === 0) return new Map();
   const lines = ips.map((ip) => `route get ${ip}`);
-  const ways: Reach[] = await plugin.ip(lines.join("\n"), "-force").catch(
-    () => [],
-  );
+  const ways: Reach[] = await plugin.ip(lines.join("\n"), "-force");
   return new Map(ways.map((way) => [way.dst, way]));
 }
 
