@@ -17,7 +17,8 @@ import { ROOT } from "../setup/root.ts";
 
 /** What a capture saw: one packet at one interface. */
 export interface Sighting {
-  time: number;
+  /** Seconds and nanoseconds, all of one length: text that can be sorted. */
+  time: string;
   place: string;
   dev: string;
   way: string;
@@ -25,6 +26,9 @@ export interface Sighting {
   destination: string;
   flags: string;
 }
+
+/** Prints the TCP packets of a network namespace. */
+const PACKETS = join(ROOT, "tests/lab/packets.pl");
 
 /** One of the pods of pods.yaml, and the node that it is to run on. */
 export interface Manifest {
@@ -96,49 +100,35 @@ export class Cluster implements AsyncDisposable {
 }
 
 /**
- * Looks at every interface of some places with tcpdump while `action` runs,
- * and tells where its packets passed, in their order.
+ * Looks at every interface of some places while `action` runs, and tells where
+ * its TCP packets passed, in their order.
  */
 export async function capture(
   places: Record<string, string[]>,
-  filter: string,
   action: () => Promise<unknown>,
 ): Promise<Sighting[]> {
-  const dumps = await Promise.all(
-    Object.entries(places).map(async ([place, enter]) => {
-      const [program, ...args] = [
-        ...enter,
-        ...["tcpdump", "-i", "any", "-nn", "-tt", "-l", "-Z", "root"],
-        ...["--immediate-mode", "--time-stamp-precision=nano", filter],
-      ];
-      const child = new Deno.Command(program, {
-        args,
-        stdout: "piped",
-        stderr: "piped",
-        signal: AbortSignal.timeout(60_000),
-      }).spawn();
-      await hear(child.stderr, "listening on");
-      return { place, child };
-    }),
-  );
+  const watchers = [];
+  for (const [place, enter] of Object.entries(places)) {
+    const [program, ...args] = [...enter, "perl", PACKETS];
+    const child = new Deno.Command(program, {
+      args,
+      stdout: "piped",
+      signal: AbortSignal.timeout(60_000),
+    }).spawn();
+    await hear(child.stdout, "ready\n");
+    watchers.push({ place, child });
+  }
   await action();
   await run(["sleep", "0.3"]); // until the last packet is written
   const sightings: Sighting[] = [];
-  for (const { place, child } of dumps) {
+  for (const { place, child } of watchers) {
     child.kill("SIGINT");
     const { stdout } = await child.output();
-    for (const line of new TextDecoder().decode(stdout).split("\n")) {
-      const match =
-        /^([\d.]+) (\S+)\s+(In|Out|P)\s+IP (\S+) > (\S+): Flags (\S+),/.exec(
-          line,
-        );
-      if (!match) continue;
-      const [time, dev, way, source, destination, flags] = match.slice(1);
-      sightings.push({
-        ...{ time: Number(time), place, dev, way },
-        ...{ source, destination, flags },
-      });
+    const lines = new TextDecoder().decode(stdout).trim().split("\n");
+    for (const line of lines.filter((line) => line)) {
+      const [time, dev, way, source, destination, flags] = line.split(" ");
+      sightings.push({ time, place, dev, way, source, destination, flags });
     }
   }
-  return sightings.sort((a, b) => a.time - b.time);
+  return sightings.sort((a, b) => a.time < b.time ? -1 : 1);
 }

@@ -138,7 +138,7 @@ export async function hear(
 const NODE = `set -e
 name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
 mount --make-rprivate /
-echo "$name" > /proc/sys/kernel/hostname
+hostname "$name"
 mount -t sysfs sysfs /sys
 # Either may lie below /mnt, which is covered now.
 exec 3< "$root" 4< "$deno"
@@ -157,12 +157,14 @@ for kept in root deno; do
   eval path=\\$$kept
   mkdir -p "$path"
   mount --bind $kept "$path"
-  mount -o remount,bind,ro "$path"
+  # In a user namespace a mount may lose no such flag that it had before.
+  mount -o remount,bind,ro,nosuid,nodev "$path"
 done
 cd /
 umount -l /mnt
-rm -rf /etc/cni
-mkdir -p /etc/cni/net.d /opt/cni/bin
+mkdir -p /etc/cni /opt/cni/bin
+mount -t tmpfs -o mode=755 tmpfs /etc/cni
+mkdir /etc/cni/net.d
 install -dm700 /opt/cni/bin/.custom-cni
 if [ -n "$binary" ]; then
   touch /opt/cni/bin/custom-cni
@@ -229,7 +231,13 @@ export class Node implements AsyncDisposable {
 
   /** The words that run a command in the node. */
   enter(...command: string[]): string[] {
-    return ["nsenter", `-t${this.pid}`, "-n", "-m", "-u", "--", ...command];
+    const namespaces = ["-n", "-m", "-u"];
+    // Its root and folder too, or who is in a chroot would leave that.
+    const folders = ["-r", "-w"];
+    return [
+      ...["nsenter", `-t${this.pid}`, ...namespaces, ...folders, "--"],
+      ...command,
+    ];
   }
 
   /** Runs a command in the node, whatever its status. */

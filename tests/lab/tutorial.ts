@@ -236,9 +236,9 @@ async function packets({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx1, nginx2 } = pods;
   const { node1, node2, router } = cluster;
   say(`
-tcpdump looked at every interface while the first packet of a request went there
-and the answer to it came back. Where an address changes, it is marked. What cni0
-only bridges it sees as well, since tcpdump asked it for a copy.`);
+Every interface was watched, as tcpdump does it, while the first packet of a
+request went there and the answer came back. A mark shows where an address
+changes. cni0 shows also what it only bridges, since it was set promiscuous.`);
   const places: Record<string, string[]> = {
     alpine1: node2.enterPod(alpine1),
     node2: node2.enter(),
@@ -260,18 +260,17 @@ only bridges it sees as well, since tcpdump asked it for a copy.`);
   ) {
     const sightings = await capture(
       places,
-      "tcp port 80",
       () =>
         run(
           node2.enterPod(alpine1, "busybox", "wget", "-qO-", `http://${to}/`),
         ),
     );
     // The first packet of a connection, and the answer to it.
-    const there = sightings.filter(({ flags }) => flags === "[S]");
-    const back = sightings.filter(({ flags }) => flags === "[S.]");
+    const there = sightings.filter(({ flags }) => flags === "S");
+    const back = sightings.filter(({ flags }) => flags === "S.");
     say(`\n${title}\n\n${path(there)}\n`);
     for (const way of [there, back]) say(`${trace(way)}\n`);
-    expect(there.length > 2, `tcpdump sees ${title}`);
+    expect(there.length > 2, `packets of ${title}`);
     expect(back.at(-1)?.place === "alpine1", `an answer to ${title}`);
   }
 }
@@ -290,9 +289,7 @@ function trace(sightings: Sighting[]): string {
   return sightings.map(({ place, dev, way, source, destination }, i) => {
     const last = sightings[i - 1] ?? { source, destination };
     const isSame = last.source === source && last.destination === destination;
-    return `  ${`${place} ${dev}`.padEnd(16)} ${
-      way === "Out" ? "out" : "in "
-    }` +
+    return `  ${`${place} ${dev}`.padEnd(16)} ${way.padEnd(3)}` +
       `  ${source.padEnd(18)} > ${destination.padEnd(18)}` +
       (isSame ? "" : " <- rewritten");
   }).join("\n").replaceAll(/ +$/gm, "");

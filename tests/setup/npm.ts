@@ -1,18 +1,15 @@
 /**
- * Prepares from npm and apt what a first run needs, where JSR or Deno's
- * download site is out of reach. Where they answer, Deno fetches all by itself
- * and this script does nothing. A second run finds the work done and leaves
+ * Fetches what a build needs: from JSR and from Deno's download site, or from
+ * npm where these are out of reach. A second run finds the work done and leaves
  * the network alone.
  *
  *     deno run -A tests/setup/npm.ts std      the @std modules
  *     deno run -A tests/setup/npm.ts denort   what `deno compile` builds upon
- *     deno run -A tests/setup/npm.ts tools    ip, iptables and the like
  *
  * It imports nothing that Deno would have to fetch, since it runs before
- * anything can be fetched. What it downloads lies in vendor/, and the runtime
- * in Deno's own cache. To start afresh, delete vendor/.
+ * anything can be fetched. What it downloads lies in vendor/. To start afresh,
+ * delete that folder.
  */
-import { crc32 } from "node:zlib";
 
 /** A package on npm, its sha256, and where in it lies what we want. */
 interface Tarball {
@@ -70,24 +67,10 @@ const COMPILED = {
   denort: "723d45cca4f68bd66652da1e0d45562b0700317c1535981035f50f078785a131",
 };
 
-/** What the lab and the tests use, and the Debian package that has it. */
-const TOOLS: Record<string, string> = {
-  busybox: "busybox",
-  ip: "iproute2",
-  iptables: "iptables",
-  mount: "mount",
-  nft: "nftables",
-  nsenter: "util-linux",
-  perl: "perl-base",
-  ping: "iputils-ping",
-  sysctl: "procps",
-  tar: "tar",
-  tcpdump: "tcpdump",
-  unshare: "util-linux",
-  "/usr/bin/time": "time",
-  "/usr/lib/cni/bridge": "containernetworking-plugins",
-  "/usr/lib/cni/host-local": "containernetworking-plugins",
-};
+/** The runtime of compiled programs: where it is put, and where it is from. */
+const DENORT = "vendor/denort";
+const DENORT_URL = "https://dl.deno.land/release/" +
+  `v${Deno.version.deno}/denort-${Deno.build.target}.zip`;
 
 /** Unfinished work; on the disk where it shall end, so a rename finishes it. */
 const TMP = `vendor/tmp-${Deno.pid}`;
@@ -170,19 +153,44 @@ function subpath(file: string): string {
 }
 
 /**
- * Puts the denort, which `deno compile` would download, into Deno's own cache
- * of downloads. Deno takes it from there as if it had come from its site.
+ * Puts the denort, which `deno compile` builds upon, into vendor/: without its
+ * symbols, which are a fifth of it. After the compilation it is too late, since
+ * `deno compile` hangs the program on behind them.
  */
 async function denort(): Promise<void> {
-  if (Deno.env.has("DENORT_BIN")) return;
+  const { deno } = Deno.version;
+  const own = Deno.env.get("DENORT_BIN");
+  const source = own ?? `Deno ${deno} for ${Deno.build.target}`;
+  const isDone = exists(DENORT) &&
+    Deno.readTextFileSync(`${DENORT}.source`) === source;
+  if (isDone && !own) return;
+
+  let bytes;
+  if (own) bytes = Deno.readFileSync(own);
+  else if (await answers(new URL(DENORT_URL))) bytes = await denortOfDeno();
+  else bytes = await denortOfNPM();
+
+  write(`${TMP}/denort.source`, source);
+  Deno.writeFileSync(`${TMP}/denort`, withoutSymbols(bytes), { mode: 0o755 });
+  {
+    using draft = Deno.openSync(`${TMP}/denort`);
+    draft.syncSync(); // or a power cut could leave half a file by its name
+  }
+  Deno.renameSync(`${TMP}/denort.source`, `${DENORT}.source`);
+  Deno.renameSync(`${TMP}/denort`, DENORT);
+}
+
+/** Fetches the denort from where `deno compile` would fetch it. */
+async function denortOfDeno(): Promise<Uint8Array<ArrayBuffer>> {
+  console.log(`$ fetch ${DENORT_URL}`);
+  const response = await fetch(DENORT_URL);
+  return await unzipped(await response.bytes());
+}
+
+/** Cuts the denort out of a program on npm that Deno compiled. */
+async function denortOfNPM(): Promise<Uint8Array<ArrayBuffer>> {
   const { deno } = Deno.version;
   const { target } = Deno.build;
-  const path = `release/v${deno}/denort-${target}.zip`;
-  const { denoDir } = JSON.parse(await run(Deno.execPath(), "info", "--json"));
-  const zip = `${denoDir}/dl/${path}`;
-  if (exists(zip)) return;
-  if (await answers(new URL(path, "https://dl.deno.land/"))) return;
-
   // A denort fits the deno of its version, and no other.
   const why = "Deno's download site does not answer, and npm has the runtime";
   const own = `set DENORT_BIN to the path of a denort of Deno ${deno}`;
@@ -195,106 +203,63 @@ async function denort(): Promise<void> {
   if (deno !== COMPILED.deno) {
     throw new Error(
       `${why} of compiled programs only for Deno ${COMPILED.deno}. This is ` +
-        `Deno ${deno}: run it as \`npx -y deno@${COMPILED.deno} task …\`, ` +
-        `or ${own}`,
+        `Deno ${deno}: run \`npx -y --package=deno@${COMPILED.deno} -- deno ` +
+        `task …\`, or ${own}`,
     );
   }
   const files = await unpack(COMPILED);
   const file = files.find((file) => file.endsWith(COMPILED.path))!;
-  Deno.truncateSync(file, COMPILED.size);
-  const bytes = Deno.readFileSync(file);
+  const bytes = Deno.readFileSync(file).slice(0, COMPILED.size);
   const view = new DataView(bytes.buffer);
   for (const [at, size, value] of COMPILED.header) {
     if (size === 8) view.setBigUint64(at, BigInt(value), true);
     else view.setUint16(at, value, true);
   }
   verify(COMPILED.path, await sha256(bytes), COMPILED.denort);
-
-  const folder = zip.replace(/[^/]*$/, "");
-  Deno.mkdirSync(folder, { recursive: true });
-  // Other checkouts share this folder. One at a time writes the draft, and
-  // what one left that was interrupted, the next writes over.
-  using lock = Deno.openSync(folder);
-  lock.lockSync(true);
-  Deno.writeFileSync(`${zip}.draft`, await zipped("denort", bytes));
-  {
-    using draft = Deno.openSync(`${zip}.draft`);
-    draft.syncSync(); // or a power cut could leave half a file by this name
-  }
-  Deno.renameSync(`${zip}.draft`, zip);
-  console.log(`${zip}: cut out of this one, sha256 verified`);
+  console.log(`${DENORT}: cut out of this one, sha256 verified`);
+  return bytes;
 }
 
-/** A zip of one executable file, as it is: not compressed. */
-async function zipped(name: string, content: BlobPart & Uint8Array) {
-  /** Numbers as a zip has them: each of so many bytes, the lowest first. */
-  const le = (...numbers: [size: number, value: number][]) =>
-    numbers.flatMap(([size, value]) =>
-      Array.from({ length: size }, (_, i) => value >>> (8 * i) & 0xff)
-    );
-  const size = content.length;
-  const entry = [
-    // zip 2.0, no flags, stored, midnight of the first day of 1980
-    ...le([2, 20], [2, 0], [2, 0], [2, 0], [2, 0x21]),
-    ...le([4, crc32(content)], [4, size], [4, size]),
-    ...le([2, name.length], [2, 0]),
-  ];
-  const letters = new TextEncoder().encode(name);
-  const head = [...le([4, 0x04034b50]), ...entry, ...letters];
-  // The directory at the end says it again, and Unix's mode of the file.
-  const directory = [
-    ...le([4, 0x02014b50], [2, 3 << 8 | 20]),
-    ...entry,
-    ...le([2, 0], [2, 0], [2, 0], [4, 0o100755 << 16], [4, 0]),
-    ...letters,
-  ];
-  const end = [
-    ...le([4, 0x06054b50], [2, 0], [2, 0], [2, 1], [2, 1]),
-    ...le([4, directory.length], [4, head.length + size], [2, 0]),
-  ];
-  const tail = Uint8Array.from([...directory, ...end]);
-  return await new Blob([Uint8Array.from(head), content, tail]).bytes();
+/** The one file of a zip. Its layout is in PKWARE's APPNOTE, section 4.3. */
+async function unzipped(
+  zip: Uint8Array<ArrayBuffer>,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const view = new DataView(zip.buffer);
+  const end = zip.length - 22; // the last record, which has no comment
+  const entry = view.getUint32(end + 16, true);
+  const isStored = view.getUint16(entry + 10, true) === 0;
+  const size = view.getUint32(entry + 20, true);
+  const head = view.getUint32(entry + 42, true);
+  const nameLength = view.getUint16(head + 26, true);
+  const extraLength = view.getUint16(head + 28, true);
+  const start = head + 30 + nameLength + extraLength;
+  const packed = zip.slice(start, start + size);
+  if (isStored) return packed;
+  const inflate = new DecompressionStream("deflate-raw");
+  const stream = new Blob([packed]).stream().pipeThrough(inflate);
+  return await new Response(stream).bytes();
 }
 
-/** Installs missing tools with apt-get, or says how. */
-async function tools(): Promise<void> {
-  const path = Deno.env.get("PATH") ?? "";
-  const onPath = (name: string) =>
-    path.split(":").some((folder) => exists(`${folder}/${name}`));
-  const missing = () =>
-    Object.keys(TOOLS)
-      .filter((tool) => tool[0] === "/" ? !exists(tool) : !onPath(tool));
-
-  // Lets bridged packets go through iptables; nothing loads it by itself.
-  if (!exists("/proc/sys/net/bridge")) {
-    console.log("$ modprobe br_netfilter");
-    await run("modprobe", "br_netfilter");
+/**
+ * An ELF program up to the end of what the kernel loads. Behind that stand
+ * symbols, and the table of sections, which only debuggers and linkers read.
+ */
+function withoutSymbols(program: Uint8Array<ArrayBuffer>) {
+  const view = new DataView(program.buffer);
+  const e_phoff = Number(view.getBigUint64(32, true));
+  const e_phentsize = view.getUint16(54, true);
+  const e_phnum = view.getUint16(56, true);
+  let end = 0;
+  for (let i = 0; i < e_phnum; i++) {
+    const segment = e_phoff + i * e_phentsize;
+    const p_offset = Number(view.getBigUint64(segment + 8, true));
+    const p_filesz = Number(view.getBigUint64(segment + 32, true));
+    end = Math.max(end, p_offset + p_filesz);
   }
-  const before = missing();
-  if (before.length === 0) return;
-  const packages = [...new Set(before.map((tool) => TOOLS[tool]))].join(" ");
-  const install = `install -y --no-install-recommends ${packages}`;
-  if (Deno.uid() !== 0 || !onPath("apt-get")) {
-    const how = `As root: apt-get update && apt-get ${install}`;
-    throw new Error(`Missing: ${before.join(", ")}. ${how}`);
-  }
-  // A root by plain `su` has no sbin on the PATH, and dpkg insists on it.
-  const env = {
-    DEBIAN_FRONTEND: "noninteractive",
-    PATH: `${path}:/usr/sbin:/sbin`,
-  };
-  for (const line of ["update", install]) {
-    console.log(`$ apt-get ${line}`);
-    const args = line.split(" ");
-    await new Deno.Command("apt-get", { args, env }).spawn().status;
-  }
-  const after = missing().join(", ");
-  if (after) {
-    throw new Error(
-      `Still missing: ${after}. If apt-get had no complaint, it is the PATH ` +
-        "that lacks their folder: export PATH=$PATH:/usr/sbin:/sbin",
-    );
-  }
+  view.setBigUint64(40, 0n, true); // e_shoff, where the table of sections is
+  view.setUint16(60, 0, true); // e_shnum, how many there are
+  view.setUint16(62, 0, true); // e_shstrndx, the one with their names
+  return program.subarray(0, end);
 }
 
 /** Whether a canonical source answers; a network may also swallow packets. */
@@ -311,21 +276,24 @@ async function answers(url: URL): Promise<boolean> {
 
 /** Fetches an npm package and unpacks it; returns the paths of its files. */
 async function unpack({ spec, sha256 }: Tarball): Promise<string[]> {
-  console.log(`$ npm pack ${spec}`);
   const dir = `${TMP}/${spec.replace("/", "-")}`;
   Deno.mkdirSync(dir, { recursive: true });
+  const tarball = `${dir}/${await pack(spec, dir)}`;
+  verify(tarball, await sha256Of(tarball), sha256);
+  // Whom the files belonged to elsewhere means nothing on this machine.
+  const extract = ["tar", "-xvzf", tarball, "-C", dir, "--no-same-owner"];
+  const files = await run(extract);
+  return files.split("\n").map((file) => `${dir}/${file}`);
+}
+
+/** Fetches an npm package into a folder; returns the name of its file. */
+async function pack(spec: string, folder: string): Promise<string> {
+  console.log(`$ npm pack ${spec}`);
   // npm's own ten seconds before it tries again are long to a reader.
-  const options = [
-    `--pack-destination=${dir}`,
-    "--fetch-retry-mintimeout=1000",
-  ];
+  const command = ["npm", "pack", spec, "--fetch-retry-mintimeout=1000"];
   try {
-    const tarball = `${dir}/${await run("npm", "pack", spec, ...options)}`;
-    verify(tarball, await sha256Of(tarball), sha256);
-    // Whom the files belonged to elsewhere means nothing on this machine.
-    const extract = ["-xvzf", tarball, "-C", dir, "--no-same-owner"];
-    const files = await run("tar", ...extract);
-    return files.split("\n").map((file) => `${dir}/${file}`);
+    // npm 7 ignores --pack-destination: it writes to where it is started.
+    return await run(command, folder);
   } catch (error) {
     throw new Error(
       `${(error as Error).message}\n` +
@@ -337,14 +305,15 @@ async function unpack({ spec, sha256 }: Tarball): Promise<string[]> {
 }
 
 /** Runs a command for its output, or throws with the start of its complaint. */
-async function run(command: string, ...args: string[]): Promise<string> {
-  const output = await new Deno.Command(command, { args }).output();
+async function run(command: string[], cwd = "."): Promise<string> {
+  const [program, ...args] = command;
+  const output = await new Deno.Command(program, { args, cwd }).output();
   const [out, err] = [output.stdout, output.stderr].map((bytes) =>
     new TextDecoder().decode(bytes).trim()
   );
   if (!output.success) {
     const complaint = err.split("\n").slice(0, 4).join("\n");
-    throw new Error(`${command} ${args[0]} failed\n${complaint}`);
+    throw new Error(`${program} ${args[0]} failed\n${complaint}`);
   }
   return out;
 }
@@ -503,7 +472,7 @@ if (import.meta.main) {
   folder.lockSync(true);
   try {
     cleanUp();
-    const steps: Record<string, () => Promise<void>> = { std, denort, tools };
+    const steps: Record<string, () => Promise<void>> = { std, denort };
     for (const word of Deno.args) {
       if (!(word in steps)) throw new Error(`No such step: "${word}"`);
       await steps[word]();

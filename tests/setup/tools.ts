@@ -1,0 +1,131 @@
+/**
+ * The programs that the lab and the tests start. What this machine lacks of
+ * them is unpacked into vendor/tools/, where `enter.ts` takes it from. So the
+ * machine stays as it is, and you need not be root.
+ *
+ * It imports nothing that Deno would have to fetch: `rights.ts` asks it before
+ * anything is fetched.
+ *
+ * @module
+ */
+import { dirname } from "node:path";
+
+/** A program, and the Debian package that has it. */
+export const TOOLS: Record<string, string> = {
+  busybox: "busybox",
+  ip: "iproute2",
+  iptables: "iptables",
+  nft: "nftables",
+  ping: "iputils-ping",
+  sysctl: "procps",
+  tcpdump: "tcpdump",
+  "/usr/bin/time": "time",
+  "/usr/lib/cni/bridge": "containernetworking-plugins",
+  "/usr/lib/cni/host-local": "containernetworking-plugins",
+};
+
+/** The checkout. `root.ts` has it with the help of @std, which may be missing. */
+export const ROOT = dirname(dirname(import.meta.dirname!));
+
+/** Where the unpacked ones are: a /usr of their own. */
+export const TOOLS_FOLDER = `${ROOT}/vendor/tools`;
+
+/** The PATH of root. That of other users has no sbin, where some tools are. */
+export const PATH = `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin`;
+
+/** Whether there is a file, or a program of this name on the PATH. */
+export function has(tool: string): boolean {
+  if (tool.startsWith("/")) return exists(tool);
+  return PATH.split(":").some((folder) => exists(`${folder}/${tool}`));
+}
+
+/** The packages of those tools that this machine lacks. */
+export function missingPackages(): string[] {
+  const missing = Object.keys(TOOLS).filter((tool) => !has(tool));
+  return [...new Set(missing.map((tool) => TOOLS[tool]))];
+}
+
+/**
+ * Downloads packages with all that they need and this machine lacks. apt gets
+ * lists of its own, since those of the machine may be old, and are root's.
+ */
+const UNPACK = `set -e
+mkdir -p lists/partial archives/partial
+cat > apt.conf << END
+Dir::State::lists "$PWD/lists";
+Dir::Cache "$PWD";
+APT::Sandbox::User "root";
+Debug::NoLocking "true";
+Acquire::Languages "none";
+Acquire::Retries "3";
+END
+export APT_CONFIG="$PWD/apt.conf"
+# One source of several that does not answer is no reason to stop.
+apt-get -qq update || true
+apt-get -qq --yes --no-install-recommends --download-only install "$@"
+for deb in archives/*.deb; do
+  dpkg -x "$deb" unpacked
+done
+# Debian 12 still has packages with files in /bin, which is a link to /usr/bin.
+for folder in bin sbin lib lib64; do
+  [ ! -d unpacked/$folder ] || cp -a unpacked/$folder unpacked/usr
+done
+# These links are made where the package is installed.
+if [ -e unpacked/usr/sbin/xtables-nft-multi ]; then
+  for name in iptables iptables-save iptables-restore; do
+    ln -sf xtables-nft-multi unpacked/usr/sbin/$name
+  done
+fi
+mv unpacked/usr .`;
+
+/**
+ * Unpacks the missing tools into vendor/tools/. A second run finds them there,
+ * unless the machine is another one, or lacks something else.
+ */
+export async function unpackTools(): Promise<void> {
+  const packages = missingPackages();
+  const stamp = `${packages.join(" ")}\n${release()}`;
+  const isDone = exists(`${TOOLS_FOLDER}/stamp`) &&
+    Deno.readTextFileSync(`${TOOLS_FOLDER}/stamp`) === stamp;
+  if (isDone || packages.length === 0) return;
+
+  console.log(`Unpacking ${packages.join(", ")} into vendor/tools`);
+  const draft = `${TOOLS_FOLDER}-${Deno.pid}`;
+  Deno.mkdirSync(draft, { recursive: true });
+  try {
+    const args = ["-c", UNPACK, "sh", ...packages];
+    const env = { DEBIAN_FRONTEND: "noninteractive", PATH };
+    const sh = new Deno.Command("sh", { args, env, cwd: draft });
+    const { success } = await sh.spawn().status;
+    if (!success) {
+      const install = `apt-get install ${packages.join(" ")}`;
+      throw new Error(`These tools can't be unpacked. As root: ${install}`);
+    }
+    remove(TOOLS_FOLDER);
+    Deno.mkdirSync(TOOLS_FOLDER);
+    Deno.renameSync(`${draft}/usr`, `${TOOLS_FOLDER}/usr`);
+    Deno.writeTextFileSync(`${TOOLS_FOLDER}/stamp`, stamp);
+  } finally {
+    remove(draft);
+  }
+}
+
+/** The release of this machine, whose libraries the tools need. */
+function release(): string {
+  return exists("/etc/os-release")
+    ? Deno.readTextFileSync("/etc/os-release")
+    : "";
+}
+
+function remove(folder: string): void {
+  if (exists(folder)) Deno.removeSync(folder, { recursive: true });
+}
+
+export function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
