@@ -12,7 +12,7 @@
  */
 import { parseArgs } from "@std/cli/parse-args";
 import { join } from "@std/path/posix/join";
-import { CONF, Node, run } from "../lab/node.ts";
+import { CONF, DENORT, Node, run } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
 /** Something that can be called as a plugin. */
@@ -519,6 +519,7 @@ async function compileBare(): Promise<void> {
     ];
     const built = await run(
       [Deno.execPath(), ...flags, "-o", bare(name), file],
+      { env: { DENORT_BIN: DENORT } },
     );
     if (built.code) throw new Error(built.stderr);
     await Deno.remove(file);

@@ -13,6 +13,8 @@ import { join } from "@std/path/posix/join";
 import { ROOT } from "../setup/root.ts";
 
 export const BINARY = join(ROOT, "dist/custom-cni");
+/** What `deno compile` builds upon, for DENORT_BIN. */
+export const DENORT = join(ROOT, "vendor/denort");
 export const CONF_FILE = "/etc/cni/net.d/10-custom-cni.conf";
 export const NODE_SETUP = [
   ...[Deno.execPath(), "run", "-A", join(ROOT, "node-setup.ts")],

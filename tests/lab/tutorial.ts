@@ -122,7 +122,7 @@ pasted. Compare them with those of the script.`);
     } else say(`\n${node.name}: ADD gives ${name} ${pod.json.ips[0].address}`);
     await node.serve(pod.netns, `${name} on ${node.name}`);
     const { code } = await run(
-      node.enterPod(pod, "ping", "-c1", "-W1", pod.json.ips[0].gateway),
+      node.enterPod(pod, "ping", "-c1", "-W5", pod.json.ips[0].gateway),
     );
     expect(code === 0, `${name} reaches its gateway`);
   }

@@ -10,6 +10,7 @@ import {
   type Answer,
   CONF,
   CONF_1_1,
+  DENORT,
   Node,
   type Pod,
   run,
@@ -493,7 +494,8 @@ Deno.test("the plugin's permissions are those that it needs", async () => {
   const config = join(ROOT, "deno.json");
   const flags = ["-P", "--no-prompt", "--no-check", "--config", config];
   const words = [Deno.execPath(), "compile", ...flags, "-o", binary, probe];
-  const { code, stderr } = await run(words);
+  const env = { DENORT_BIN: DENORT };
+  const { code, stderr } = await run(words, { env });
   assertEquals(code, 0, stderr);
   const { stdout } = await run([binary]);
   await Deno.remove(probe);
