@@ -43,15 +43,23 @@ export interface Want {
 
 /** A call by the line "VERB if what is special in it". */
 export interface Row extends Want {
-  /** A test for each; without this one for 1.0.0, which both plugins know. */
+  /** A test for each; without this one for 1.0.0, or 0.4.0 with an old peer. */
   versions?: (string | undefined)[];
   /** What happens before: verbs, and lines for the node's shell. */
   after?: string[];
   env?: Record<string, string | undefined>;
   /** What is added to the configuration, or all of stdin. */
   conf?: string | object | ((seen: Pick<Seen, "pod" | "added">) => object);
-  /** What is otherwise with the peer, and why that may be. */
-  peer?: Want & { after?: string[]; why: string };
+  /** What is otherwise with the peer. */
+  peer?: Difference | Difference[];
+}
+
+/** Where the peer may differ, and why. */
+export interface Difference extends Want {
+  after?: string[];
+  why: string;
+  /** Only a peer that does not know this version differs so. */
+  before?: string;
 }
 
 /** What section 5 asks of the answer to ADD, compared with the kernel. */
@@ -123,12 +131,16 @@ const PREVIOUS = {
 // Where the peer differs.
 const REFUSES = { code: 999, why: "has this code for most failures" };
 const STRICT = { code: 4, pod: [], shows: {} };
-const NO_VERB = { code: 3, why: "asks for a container before it knows why" };
+const NO_VERB = {
+  before: "1.1.0",
+  code: 3,
+  why: "asks for a container before it knows why",
+};
 const LEAVES = { pod: ["eth0"], why: "leaves it to the namespace's end" };
-const NEWEST: Row["peer"] = {
+const NEWEST: Difference = {
   shows: {
     ...SUPPORTED,
-    cniVersion: ({ answer }) => [answer.cniVersion, "1.0.0"],
+    cniVersion: ({ answer, known }) => [answer.cniVersion, known.at(-1)],
   },
   why: "answers the newest version that it knows, whatever is asked",
 };
@@ -186,7 +198,10 @@ export const TABLE: Record<string, Record<string, Row>> = {
     "ADD if CNI_ARGS has unknown keys": {
       ...ADDED,
       env: { CNI_ARGS: "FOO=BAR;ABC=123" },
-      peer: { ...STRICT, code: 999, why: "wants IgnoreUnknown=1 for that" },
+      peer: [
+        { ...STRICT, code: 999, why: "wants IgnoreUnknown=1 for that" },
+        { before: "1.0.0", pod: ["eth0"], why: "asks after all is done" },
+      ],
     },
     "ADD if CNI_PATH is not there": {
       ...ADDED,
@@ -258,10 +273,13 @@ export const TABLE: Record<string, Record<string, Row>> = {
     },
     "DEL if the namespace is gone": {
       after: GONE,
-      peer: {
-        after: [...GONE, ENDED],
-        why: "leaves the veth to the kernel, which takes its time",
-      },
+      peer: [
+        {
+          after: [...GONE, ENDED],
+          why: "leaves the veth to the kernel, which takes its time",
+        },
+        { before: "1.0.0", code: 999, why: "looks for the namespace first" },
+      ],
     },
   },
   "2 CHECK: compares with prevResult": {
@@ -310,6 +328,7 @@ export const TABLE: Record<string, Record<string, Row>> = {
       ],
       ports: 0,
       code: 50,
+      peer: { code: 0, why: "asks host-local alone" },
     },
   },
   "2 VERSION: needs nothing, and answers as asked": {
@@ -343,6 +362,7 @@ export const TABLE: Record<string, Record<string, Row>> = {
       ...NEW,
       after: ["ADD"],
       conf: { "cni.dev/valid-attachments": [] },
+      peer: LEAVES,
     },
   },
 };
