@@ -164,6 +164,11 @@ for kept in root deno; do
 done
 cd /
 umount -l /mnt
+# tcpdump becomes another user, whom its package makes where it is installed.
+grep tcpdump /etc/passwd > /dev/null || {
+  { cat /etc/passwd; echo tcpdump:x:0:0::/:/bin/sh; } > /run/passwd
+  mount --bind /run/passwd /etc/passwd
+}
 mkdir -p /etc/cni /opt/cni/bin
 mount -t tmpfs -o mode=755 tmpfs /etc/cni
 mkdir /etc/cni/net.d

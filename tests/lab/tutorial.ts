@@ -355,13 +355,21 @@ async function end({ cluster, pods }: World): Promise<void> {
 
 /** Leaves the nodes standing until Ctrl-C, and tells how to get in. */
 async function keep({ cluster, pods }: World): Promise<void> {
-  console.log("\nThe nodes stay. From another terminal, as root:\n");
+  const places: [name: string, words: string[]][] = [];
   for (const node of [cluster.node1, cluster.node2, cluster.router]) {
-    console.log(`  ${node.name.padEnd(8)} ${node.enter(SHELL).join(" ")}`);
+    places.push([node.name, node.enter(SHELL)]);
   }
   for (const pod of Object.values(pods)) {
-    const words = pod.node.enterPod(pod, SHELL, pod.name);
-    console.log(`  ${pod.name.padEnd(8)} ${words.join(" ")}`);
+    places.push([pod.name, pod.node.enterPod(pod, SHELL, pod.name)]);
+  }
+  // Another terminal of a plain user is not yet in the lab's user namespace.
+  const ofUser = Deno.env.has("LAB_OF_USER");
+  const user = ofUser ? " -U --preserve-credentials" : "";
+  const who = ofUser ? "the same user" : "root";
+  console.log(`\nThe nodes stay. From another terminal, as ${who}:\n`);
+  for (const [name, words] of places) {
+    const line = words.join(" ").replace("nsenter", `nsenter${user}`);
+    console.log(`  ${name.padEnd(8)} ${line}`);
   }
   await untilCtrlC();
 }

@@ -21,11 +21,13 @@ shift
 exec "$@"`;
 
 await unpackTools();
-const user = Deno.uid() === 0 ? [] : ["--user", "--map-root-user"];
+const isRoot = Deno.uid() === 0;
+const user = isRoot ? [] : ["--user", "--map-root-user"];
 const deno = [Deno.execPath(), ...Deno.args];
 const child = new Deno.Command("unshare", {
   args: [...user, "--mount", "sh", "-c", ENTER, "sh", TOOLS_FOLDER, ...deno],
-  env: { PATH },
+  // The lab has to know it, to tell how its nodes are entered from outside.
+  env: isRoot ? { PATH } : { PATH, LAB_OF_USER: "yes" },
 }).spawn();
 // A Ctrl-C reaches the child as well, which then ends what it has begun.
 Deno.addSignalListener("SIGINT", () => {});

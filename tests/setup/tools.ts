@@ -54,6 +54,8 @@ mkdir -p lists/partial archives/partial
 cat > apt.conf << END
 Dir::State::lists "$PWD/lists";
 Dir::Cache "$PWD";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
 APT::Sandbox::User "root";
 Debug::NoLocking "true";
 Acquire::Languages "none";
@@ -65,6 +67,7 @@ apt-get -qq update || true
 apt-get -qq --yes --no-install-recommends --download-only install "$@"
 for deb in archives/*.deb; do
   dpkg -x "$deb" unpacked
+  rm "$deb"
 done
 # Debian 12 still has packages with files in /bin, which is a link to /usr/bin.
 for folder in bin sbin lib lib64; do
