@@ -221,7 +221,7 @@ async function denortOfNPM(): Promise<Uint8Array<ArrayBuffer>> {
 }
 
 /** The one file of a zip. Its layout is in PKWARE's APPNOTE, section 4.3. */
-async function unzipped(
+export async function unzipped(
   zip: Uint8Array<ArrayBuffer>,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const view = new DataView(zip.buffer);
