@@ -37,11 +37,15 @@ function obstacle(task: string): string | undefined {
   if (!has("mount")) {
     return "The program mount is missing. As root: apt-get install mount";
   }
+  const missing = isRoot ? missingCapabilities().join(", ") : "";
+  if (missing) {
+    return `Root lacks ${missing} here. In a container: start it with ` +
+      privileged;
+  }
   const refusal = tryNamespaces();
   if (refusal && isRoot) {
-    const missing = missingCapabilities().join(" and ") || "a right";
-    return `Root lacks ${missing} here (${refusal}). ` +
-      `In a container: start it with ${privileged}`;
+    return `Root can't make a network here (${refusal}). In a container: ` +
+      `start it with ${privileged}`;
   }
   if (refusal) {
     return "This kernel lets no plain user make a network of its own " +
