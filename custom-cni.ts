@@ -119,6 +119,7 @@ async function add(call: Call, conf: Conf): Promise<Answer> {
   let n = await ipam.nextNumber(podCIDR);
   const node = await lookAtNode(podCIDR, `veth${n}`);
   if (node.hasVeth) {
+    // In use. Only now look at all links, which takes longer with many pods.
     n = await ipam.nextNumber(podCIDR, await usedNumbers(podCIDR));
   }
   const veth = `veth${n}`;

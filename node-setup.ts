@@ -67,8 +67,8 @@ interface Peer {
 }
 
 const HELP = `Usage: deno run -A node-setup.ts --peer IP[=CIDR] [options]
-Adds the rules and routes that pods need. Run it as root on each node, as often
-as you like.
+Adds the rules and routes that pods need. Run it as root on each node. A second
+run adds only what is missing.
 
   --peer IP[=CIDR]  another node; the tutorial's two nodes need no =CIDR
   --nodes FILE      all nodes instead: kubectl get nodes -o json; - is stdin
