@@ -1,14 +1,14 @@
 /**
  * custom-cni: the CNI plugin that a container runtime runs for every pod.
  *
- * It is the tutorial's shell script, step by step in TypeScript: a bridge cni0,
- * a veth pair for each pod, an address from the node's pod CIDR, a default
- * route. The runtime says what to do in CNI_* variables, and writes the
- * network's configuration to stdin. The answer is JSON on stdout
+ * It follows the tutorial's shell script step by step: a bridge cni0, a veth
+ * pair for each pod, an address from the node's pod CIDR, a default route. The
+ * runtime passes the call in CNI_* variables and the conf, the network's
+ * configuration, on stdin. The answer is JSON on stdout
  * (https://www.cni.dev/docs/spec/).
  *
- * The kernel is the only database. The alias of each host veth says whose it
- * is (see `ip link`), so DEL, CHECK and GC find it whatever else was lost.
+ * The kernel is the only database. The alias of each host veth, the node's end
+ * of a pair, names its owner. So DEL, CHECK and GC find it, whatever is lost.
  *
  * @module
  */
@@ -27,29 +27,29 @@ const LOG = "/var/log/cni.log";
 const NETNS_DIR = "/var/run/netns"; // where `ip netns` looks
 const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/** For whom a runtime calls (CNI spec, section 2, "Parameters"). */
+/** The pod that a call is about (CNI spec, section 2, "Parameters"). */
 interface Call {
   containerID: string;
   netns: string;
   ifname: string;
-  /** NAME/CONTAINERID/IFNAME: marks the host veth as this attachment's. */
+  /** NAME/CONTAINERID/IFNAME: marks the host veth of this attachment. */
   alias: string;
-  /** The path by which `ip netns` finds the namespace; none if that is netns. */
+  /** The symlink that `ip netns` follows to netns; none if it is netns. */
   name?: string;
 }
 
-/** What a verb says: to the runtime on stdout, to the operator in the log. */
+/** What a verb returns: a result for the runtime, a note for the log. */
 interface Answer {
   result?: object;
   note?: string;
 }
 
-/** Reads the call, does what it asks for, and answers the runtime. */
+/** Reads the call, runs its verb, and answers the runtime. */
 async function main(): Promise<number> {
   const command = Deno.env.get("CNI_COMMAND");
   if (!command) {
     console.error(`custom-cni ${deno.version}, for CNI ${VERSIONS.join(", ")}`);
-    console.error("To look at this node: deno run -A node-setup.ts --check");
+    console.error("To check this node: deno run -A node-setup.ts --check");
     return 0;
   }
   openLog();
@@ -64,7 +64,7 @@ async function main(): Promise<number> {
   } catch (error) {
     const { code, message: msg, details } = error instanceof CNIError
       ? error
-      : new CNIError(999, "custom-cni itself is at fault", `${error}`);
+      : new CNIError(999, "Unexpected error in custom-cni", `${error}`);
     const known = VERSIONS.find((version) => version === conf?.cniVersion);
     const cniVersion = known ?? VERSIONS.at(-1);
     console.log(JSON.stringify({ cniVersion, code, msg, details }, null, 2));
@@ -73,14 +73,14 @@ async function main(): Promise<number> {
   }
 }
 
-/** The script's `case`: each verb, after a check of what it needs. */
+/** The script's `case`: checks what a verb needs, then runs it. */
 async function answer(command: string, conf: Conf): Promise<Answer> {
   switch (command) {
     case "ADD":
       checkConf(conf, "0.3.0");
       return await add(readCall(command, conf), conf);
     case "DEL":
-      // Only the name: a conf that was edited badly must not keep pods here.
+      // Only the name: a bad edit of the conf must not keep pods from ending.
       checkName(conf);
       return await del(readCall(command, conf));
     case "CHECK":
@@ -95,59 +95,60 @@ async function answer(command: string, conf: Conf): Promise<Answer> {
     case "GET":
       return { note: "a no-op" };
     case "VERSION": {
-      const { cniVersion = "0.1.0" } = conf; // the one before there was a key
+      const { cniVersion = "0.1.0" } = conf; // from before the key existed
       const result = { cniVersion, supportedVersions: VERSIONS };
       return { result, note: cniVersion };
     }
     default: {
       const unknown = `CNI_COMMAND ${JSON.stringify(command)} is unknown`;
-      return fail(4, unknown, "one of ADD, DEL, CHECK, GC, STATUS, VERSION");
+      return fail(4, unknown, "use ADD, DEL, CHECK, GC, STATUS or VERSION");
     }
   }
 }
 
-/** ADD: gives the pod its interface, address and route, or leaves nothing. */
+/** ADD: gives the pod its interface, address and route, or undoes it all. */
 async function add(call: Call, conf: Conf): Promise<Answer> {
   const { netns, ifname, alias, name } = call;
 
-  // podcidr, and its first address for the gateway.
+  // The pod CIDR. Its first address is the gateway's.
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
   const gateway = ipam.address(podCIDR, 1);
   const oldTarget = readName(name);
 
-  // The number n: the pod's address ends in it, and its host end is vethN.
+  // The number n: the pod's address ends in n, and its host veth is vethN.
   let n = await ipam.nextNumber(podCIDR);
   const node = await lookAtNode(podCIDR, `veth${n}`);
   if (node.hasVeth) {
+    // In use. Only now look at all links, which takes longer with many pods.
     n = await ipam.nextNumber(podCIDR, await usedNumbers(podCIDR));
   }
   const veth = `veth${n}`;
   const podIP = ipam.address(podCIDR, n);
   const address = `${podIP}/${podCIDR.prefix}`;
 
-  // The bridge cni0, which the node's first pod makes.
+  // The bridge cni0. The node's first ADD creates it.
   const bridge = node.readyBridge ?? await makeBridge(podCIDR, node.bridge);
 
   try {
-    // The veth pair. The pod's end is born in the pod, so the node may have an
-    // eth0 of its own. The host end: up, and on the bridge. Hairpin lets a pod
-    // reach itself through its own Service.
+    // The veth pair. The pod's end is created inside the pod, so the node may
+    // have its own eth0. The host veth goes up and onto the bridge. Hairpin
+    // lets a pod reach itself through its own Service.
     const mtu = conf.mtu ? ` mtu ${conf.mtu}` : "";
-    const hostEnd = `${veth}${mtu} address ${macOf(podIP, HOST_END)}`;
+    const hostEnd = `${veth}${mtu} address ${macOf(podIP, HOST_MAC)}`;
     const podEnd = `${ifname}${mtu} address ${macOf(podIP)}`;
     const [hostVeth]: Link[] = await ip(`
       link add ${hostEnd} type veth peer name ${podEnd} netns "${netns}"
       link set ${veth} alias ${alias} master ${BRIDGE} up
       link set ${veth} type bridge_slave hairpin on
       link show dev ${veth}`);
-    // The kernel names the other end's namespace only if it is another one.
+    // The kernel shows the other end's namespace only if it is a different one.
     if (hostVeth.link_netnsid === undefined) {
       fail(4, `CNI_NETNS ${netns} is the node's own namespace`);
     }
 
-    // A name for the namespace, so that `ip netns exec CONTAINERID` works. And
-    // in the pod: up, address, default route, and its MAC is read. The route is
-    // appended, so the one of another network stays the first.
+    // In the pod: up, address, default route; then read the MAC. `append` keeps
+    // another network's default route first. On the node: a name for the
+    // namespace, so that `ip netns exec CONTAINERID` works.
     const inside = `
       link set ${ifname} up
       addr add ${address} dev ${ifname}
@@ -158,8 +159,8 @@ async function add(call: Call, conf: Conf): Promise<Answer> {
       giveName(name, netns),
     ]);
 
-    // The result. As in the script the pod's interface is the first, but for
-    // those of the plugins before this one.
+    // The result. As in the script, the pod's interface comes first, but after
+    // those of earlier plugins in the chain.
     const { cniVersion, prevResult = {} } = conf;
     const { interfaces = [], ips = [], routes = [], dns = {} } = prevResult;
     const version = cniVersion < "1.0.0" ? "4" : undefined;
@@ -180,36 +181,36 @@ async function add(call: Call, conf: Conf): Promise<Answer> {
     };
     return { result, note: `${address} ${veth}` };
   } catch (error) {
-    await takeBack(call, veth, oldTarget);
+    await undo(call, veth, oldTarget);
     throw await explain(error, call, veth);
   }
 }
 
-/** What ADD has to know of the node before it acts. */
+/** What ADD must know about the node before it changes anything. */
 interface NodeState {
   bridge?: Link;
-  /** The bridge, if nothing is to be done to it. */
+  /** The bridge, if it needs no change. */
   readyBridge?: Link;
-  /** Whether the node reaches its pods by it. */
+  /** Whether the node's route to its pods goes through the bridge. */
   hasRoute: boolean;
-  /** Whether a link has the name that was asked for. */
+  /** Whether the veth exists. */
   hasVeth: boolean;
 }
 
 /**
- * Looks at the node: the bridge, a veth, and who has addresses of the range.
- * What `ip` answers does not grow with the pods.
+ * Looks at the node: the bridge, one veth, and the routes into the pod CIDR.
+ * The answer of `ip` does not grow with the number of pods.
  *
- * @throws {CNIError} 7 if cni0 is no bridge or is another range's, or if the
- * node reaches addresses of the range another way.
+ * @throws {CNIError} 7 if cni0 is not a bridge or has an address of another
+ * pod CIDR, or if a route into the pod CIDR does not use cni0.
  */
 export async function lookAtNode(
   podCIDR: PodCIDR,
-  veth = "veth1", // which no pod has
+  veth = "veth1", // never a pod's: 1 is the gateway's number
 ): Promise<NodeState> {
   const gateway = ipam.address(podCIDR, 1);
   const cidr = `${gateway}/${podCIDR.prefix}`;
-  // -force goes on where cni0 or the veth is not there.
+  // -force: go on if cni0 or the veth does not exist.
   const look = `
     route show root ${podCIDR.text}
     route show table local root ${podCIDR.text}
@@ -218,29 +219,29 @@ export async function lookAtNode(
   const answers = await ip(look, "-force", "-details");
   const routes: Route[] = answers.filter((it) => it.dst);
   const links: Link[] = answers.filter((it) => it.ifname);
-  // Only "addr show" tells addresses, if only that there are none.
+  // Only "addr show" answers with addr_info, even if that is empty.
   const bridge = links.find((link) => link.addr_info);
   const hasVeth = links.some((link) => !link.addr_info);
 
-  const mend = `ip link del ${BRIDGE}, which cuts off the pods that are on it`;
+  const fix = `ip link del ${BRIDGE}, which cuts off its pods`;
   const isBridge = bridge?.ifname === BRIDGE &&
     bridge.linkinfo?.info_kind === "bridge";
   if (bridge && !isBridge) {
-    fail(7, `${BRIDGE} is not a bridge`, mend);
+    fail(7, `${BRIDGE} is not a bridge`, fix);
   }
-  const taken = `podcidr ${podCIDR.text} is the node's already`;
+  const taken = `podcidr ${podCIDR.text} is already in use on this node`;
   for (const other of addressesOf(bridge)) {
     if (other !== cidr && ipam.overlaps(podCIDR, other)) {
-      fail(7, taken, `${BRIDGE} has ${other}, is to get ${cidr}; ${mend}`);
+      fail(7, taken, `${BRIDGE} has ${other} instead of ${cidr}; ${fix}`);
     }
   }
   for (const { dst, dev } of routes) {
     if (dev !== BRIDGE) {
-      fail(7, taken, `its route to ${dst} is by ${dev ?? "no device"}`);
+      fail(7, taken, `its route to ${dst} uses ${dev ?? "no device"}`);
     }
   }
 
-  // The kernel has this route while the bridge is up and has the address.
+  // The kernel keeps this route while the bridge is up and has the address.
   const hasRoute = routes.some((route) =>
     route.dst === podCIDR.text && route.prefsrc === gateway
   );
@@ -252,14 +253,14 @@ export async function lookAtNode(
 /** The alias of a bridge that makeBridge() has prepared. */
 const PREPARED = "custom-cni";
 
-/** Makes the bridge, or mends the one that is there. */
+/** Creates the bridge, or repairs an existing one. */
 async function makeBridge(podCIDR: PodCIDR, bridge?: Link): Promise<Link> {
   const gateway = ipam.address(podCIDR, 1);
-  // A MAC of its own, or it has that of one of its ports, and changes it when
-  // that pod ends. Others' ARP caches know the old one then.
+  // A fixed MAC. Without one, a bridge takes the MAC of a port and changes it
+  // when that pod ends. ARP caches would still have the old one.
   const mac = bridge?.address ?? macOf(gateway);
   if (!bridge) {
-    // -force: another ADD may make it at this moment.
+    // -force: another ADD may have just created it.
     const make = `
       link add ${BRIDGE} address ${mac} type bridge
       link show dev ${BRIDGE}`;
@@ -276,13 +277,13 @@ async function makeBridge(podCIDR: PodCIDR, bridge?: Link): Promise<Link> {
 }
 
 /**
- * What makes a link that is down yet deaf to IPv6's router advertisements, which
- * any pod may send: see sysctl(8). With slashes, since the name of a link may
- * have a dot: eth0.1.
+ * The setting that makes a link deaf to IPv6 router advertisements, which any
+ * pod may send. It works only before the link is up. With slashes, since an
+ * ifname may have a dot (eth0.1): see sysctl(8).
  */
 const deafness = (link: string) => `net/ipv6/conf/${link}/accept_ra=0`;
 
-/** A kernel that can't do so fails no pod. */
+/** Makes the bridge deaf. If the kernel can't, no pod fails. */
 async function deafenBridge(): Promise<void> {
   const command = ["sysctl", "-eqw", deafness(BRIDGE)];
   log.debug(command.join(" "));
@@ -293,37 +294,36 @@ async function deafenBridge(): Promise<void> {
     complaint = `${error}`;
   }
   if (complaint) {
-    log.warn(`${BRIDGE} takes IPv6 routes from pods: ${complaint}`);
+    log.warn(`${BRIDGE} accepts IPv6 routes from pods: ${complaint}`);
   }
 }
 
-/** The numbers of a range that are in use, by the host veths. */
+/** The numbers in use: those whose host veths exist. */
 async function usedNumbers(podCIDR: PodCIDR): Promise<Set<number>> {
   const links: Link[] = await ip("link show");
   const used = new Set<number>();
   for (const link of links) {
     const [, digits] = /^veth(\d+)$/.exec(link.ifname) ?? [];
     used.add(Number(digits));
-    // Somebody may have renamed it.
+    // A host veth that somebody renamed still has its MAC.
     used.add(numberOf(link, podCIDR));
   }
   return new Set([...used].filter((n) => ipam.isForPod(podCIDR, n)));
 }
 
-/** The number of a host veth, by its MAC; NaN for any other link. */
+/** The number in the MAC of a host veth; NaN for any other link. */
 export function numberOf({ address = "" }: Link, podCIDR: PodCIDR): number {
-  if (!address.startsWith(HOST_END)) return NaN;
+  if (!address.startsWith(HOST_MAC)) return NaN;
   const bytes = address.split(":").slice(2).map((hex) => parseInt(hex, 16));
   return ipam.numberOf(podCIDR, bytes.join("."));
 }
 
-/** How the MAC of each host veth begins. */
-const HOST_END = "0a:59";
+/** The first two bytes of each host veth's MAC. */
+const HOST_MAC = "0a:59";
 
 /**
- * A MAC that follows from the pod's address: 0a:58 and its four bytes, 0a:59
- * for the host end. So whoever has an address in its ARP cache reaches the next
- * pod that gets it, too.
+ * A MAC made from the pod's address: 0a:58 and its four bytes, or 0a:59 for the
+ * host veth. When a new pod gets the address, old ARP entries are still right.
  */
 function macOf(podIP: string, start = "0a:58"): string {
   const bytes = podIP.split(".").map(Number);
@@ -332,9 +332,9 @@ function macOf(podIP: string, start = "0a:58"): string {
 }
 
 /**
- * Where a container's name points before ADD, if it is there.
+ * The target of a container's name before ADD, if there is one.
  *
- * @throws {CNIError} 4 if it is no link, but a namespace by itself.
+ * @throws {CNIError} 4 if the name is not a symlink but a namespace itself.
  */
 function readName(name?: string): string | undefined {
   ensureDirSync(NETNS_DIR);
@@ -348,26 +348,26 @@ function readName(name?: string): string | undefined {
 /** Names a namespace after its container. */
 async function giveName(name: string | undefined, netns: string) {
   if (!name) return;
-  // By a program: Deno.symlink() asks for the right to write everywhere.
+  // Not by Deno.symlink(), which needs permission to write everywhere.
   const command = ["ln", "-sfT", netns, name];
   log.debug(command.join(" "));
   const { code, stderr } = await run(command);
   if (code !== 0) fail(100, command.join(" "), stderr);
 }
 
-/** Takes back what this ADD made, and nothing that was there before it. */
-async function takeBack(
+/** Removes what this ADD created, and nothing that existed before it. */
+async function undo(
   call: Call,
   veth: string,
   oldTarget?: string,
 ): Promise<void> {
   const { name } = call;
-  deadline = undefined; // half a minute more
+  deadline = undefined; // another half minute
   try {
     const links: Link[] = await ip(`link show dev ${veth}`);
     await deleteLinks(await findOurs(call, links), links);
   } catch {
-    // It was never made; or it stays, and DEL finds it by its alias.
+    // It was never created, or it stays and DEL finds it by its alias.
   }
   try {
     if (oldTarget) {
@@ -376,26 +376,26 @@ async function takeBack(
       Deno.removeSync(name);
     }
   } catch {
-    // It stays, and the next DEL takes it away.
+    // It stays, and the next DEL removes it.
   }
 }
 
-/** Puts the kernel's refusals that a runtime or an operator meets into words. */
+/** Rewords those errors of the kernel that runtimes and operators meet. */
 async function explain(error: unknown, call: Call, veth: string) {
   if (!(error instanceof CNIError)) return error;
   const { message, details } = error;
   if (details.includes("Exchange full")) {
-    const full = `${BRIDGE} has 1023 ports, as many as a bridge can have`;
+    const full = `${BRIDGE} has 1023 ports, the most that a bridge can have`;
     return new CNIError(11, full, "a pod must end first");
   }
   if (!message.startsWith("ip link add")) return error;
   if (details.includes("File exists")) {
     try {
-      // Who deletes the counter while pods start lets two of them take a number.
+      // Two ADDs take one number if somebody deletes the counter in between.
       await ip(`link show dev ${veth}`);
-      return new CNIError(11, `${veth} is another pod's`, "try again");
+      return new CNIError(11, `${veth} belongs to another pod`, "try again");
     } catch {
-      const exists = `${call.ifname} exists already in ${call.netns}`;
+      const exists = `${call.ifname} already exists in ${call.netns}`;
       return new CNIError(100, exists, details);
     }
   }
@@ -406,11 +406,11 @@ async function explain(error: unknown, call: Call, veth: string) {
   return error;
 }
 
-/** DEL: takes the attachment away, as often as asked, whatever is left. */
+/** DEL: removes what is left of the attachment; it may be repeated. */
 async function del(call: Call): Promise<Answer> {
   const links: Link[] = await ip("link show");
   const ours = await findOurs(call, links);
-  // With the host veth go the pod's end, its address and its route.
+  // The kernel deletes the pod's end, address and route with the host veth.
   const left = await deleteLinks(ours, links);
   if (call.name) {
     removeName(call.name, left);
@@ -419,16 +419,16 @@ async function del(call: Call): Promise<Answer> {
 }
 
 /**
- * The host veths of an attachment, by their alias. One of an ADD that was killed
- * before it wrote that is known by its pod: the ends of a pair know each other,
- * and the MACs of ours have one address.
+ * Finds an attachment's host veths by their alias. If an ADD was killed before
+ * it set the alias, the pod's end leads to the host veth: each end has the
+ * other's index, and both MACs have the pod's address.
  */
 async function findOurs(call: Call, links: Link[]): Promise<Link[]> {
   const ours = links.filter((link) => link.ifalias === call.alias);
   if (ours.length > 0 || !call.netns) return ours;
   try {
     const [podVeth] = await inPod(call.netns, `link show dev ${call.ifname}`);
-    const mac = podVeth.address.replace("0a:58", HOST_END);
+    const mac = podVeth.address.replace("0a:58", HOST_MAC);
     return links.filter((link) =>
       !link.ifalias && link.address === mac &&
       link.ifindex === podVeth.link_index
@@ -438,24 +438,24 @@ async function findOurs(call: Call, links: Link[]): Promise<Link[]> {
   }
 }
 
-/** Deletes links, and returns those that are left. */
+/** Deletes links, and returns the remaining ones. */
 async function deleteLinks(gone: Link[], links: Link[]): Promise<Link[]> {
   if (gone.length === 0) return links;
   const lines = gone.map((link) => `link del ${link.ifname}`);
-  // -force: one may end by itself meanwhile, with its pod.
+  // -force: one may have just ended with its pod.
   const left: Link[] = await ip([...lines, "link show"].join("\n"), "-force");
   for (const { ifindex, ifname } of gone) {
     if (left.some((link) => link.ifindex === ifindex)) {
-      fail(100, `ip link del ${ifname}`, "it stays");
+      fail(100, `ip link del ${ifname}`, "the link is still there");
     }
   }
   return left;
 }
 
-/** Takes a container's name away with the last of its interfaces. */
+/** Removes a container's name with its last interface. */
 function removeName(path: string, links: Link[]): void {
-  const isOfIt = (link: Link) => path === nameOf(link.ifalias?.split("/")[1]);
-  if (!linkTarget(path) || links.some(isOfIt)) return;
+  const isIts = (link: Link) => path === nameOf(link.ifalias?.split("/")[1]);
+  if (!linkTarget(path) || links.some(isIts)) return;
   try {
     Deno.removeSync(path);
   } catch (error) {
@@ -466,7 +466,7 @@ function removeName(path: string, links: Link[]): void {
 
 const namesOf = (links: Link[]) => links.map((link) => link.ifname).join(" ");
 
-/** CHECK: is all as ADD answered it? If not, it says all that is missing. */
+/** CHECK: is everything as ADD left it? If not, it lists what is wrong. */
 async function check(call: Call, conf: Conf): Promise<Answer> {
   const { netns, ifname, alias, name } = call;
   const podCIDR = ipam.parsePodCIDR(conf.podcidr);
@@ -479,41 +479,41 @@ async function check(call: Call, conf: Conf): Promise<Answer> {
   const { podVeth, route } = await lookIntoPod(call, gateway);
   const isNamed = !name || sameFile(linkTarget(name), netns);
 
-  const missing: string[] = [];
-  const expect = (isThere: boolean, what: string) => {
-    if (!isThere) missing.push(`no ${what}`);
+  const wrong: string[] = [];
+  const expect = (isRight: boolean, otherwise: string) => {
+    if (!isRight) wrong.push(otherwise);
   };
-  expect(isUp(hostVeth), `veth with alias ${alias} that is up`);
-  expect(hostVeth?.master === BRIDGE, `veth of it on ${BRIDGE}`);
-  expect(isUp(bridge), `${BRIDGE} that is up`);
-  expect(addressesOf(bridge).includes(cidr), `${BRIDGE} with ${gateway}`);
-  expect(isNamed, `name ${name} for ${netns}`);
-  expect(isUp(podVeth), `${ifname} in ${netns} that is up`);
-  expect(addressesOf(podVeth).includes(address), `${ifname} with ${address}`);
-  expect(podVeth?.address === mac, `${ifname} with its MAC`);
-  expect(!needsRoute || route !== undefined, `default route via ${gateway}`);
-  if (missing.length > 0) {
-    fail(101, "Not as ADD left it", missing.join(", "));
+  expect(isUp(hostVeth), `no host veth with alias ${alias} is up`);
+  expect(hostVeth?.master === BRIDGE, `the host veth is not on ${BRIDGE}`);
+  expect(isUp(bridge), `${BRIDGE} is not up`);
+  expect(addressesOf(bridge).includes(cidr), `${BRIDGE} lacks ${gateway}`);
+  expect(isNamed, `${name} does not point to ${netns}`);
+  expect(isUp(podVeth), `${ifname} in ${netns} is not up`);
+  expect(addressesOf(podVeth).includes(address), `${ifname} lacks ${address}`);
+  expect(podVeth?.address === mac, `${ifname} lacks the MAC ${mac}`);
+  expect(!needsRoute || route !== undefined, `no default route via ${gateway}`);
+  if (wrong.length > 0) {
+    fail(101, "Not as ADD left it", wrong.join(", "));
   }
   return { note: "as ADD left it" };
 }
 
-/** What ADD, and the plugins after it, answered of the pod's interface. */
+/** What the result of ADD and later plugins says about the pod's interface. */
 function readPrevResult({ ifname }: Call, conf: Conf, gateway: string) {
   if (!conf.prevResult) {
-    fail(7, "CHECK needs the prevResult that ADD answered");
+    fail(7, "CHECK needs ADD's result as prevResult");
   }
   const { interfaces = [], ips = [], routes = [] } = conf.prevResult;
   const index = interfaces.findIndex((it) => it.name === ifname && it.sandbox);
   const address = ips.find((it) => it.interface === index)?.address;
-  // A plugin after this one may replace the route, and then says so.
+  // A later plugin may remove the route, and then its result lacks it.
   const needsRoute = routes.some((route) =>
     route.dst === "0.0.0.0/0" && route.gw === gateway
   );
   return { mac: interfaces[index]?.mac, address: `${address}`, needsRoute };
 }
 
-/** The pod's interface and its default route, as far as they are there. */
+/** The pod's interface and its default route, if they exist. */
 async function lookIntoPod({ netns, ifname }: Call, gateway: string) {
   const look = `
     addr show dev ${ifname}
@@ -524,7 +524,7 @@ async function lookIntoPod({ netns, ifname }: Call, gateway: string) {
     const route: Route | undefined = answers[1];
     return { podVeth, route };
   } catch {
-    return {}; // neither is there
+    return {}; // neither exists
   }
 }
 
@@ -537,11 +537,11 @@ export function addressesOf(link?: Link): string[] {
     .map(({ local, prefixlen }) => `${local}/${prefixlen}`);
 }
 
-/** GC: removes what is this network's and not in the runtime's list. */
+/** GC: removes this network's attachments that the runtime does not list. */
 async function gc(conf: Conf): Promise<Answer> {
   const attachments = conf[ATTACHMENTS];
   if (!attachments) {
-    // No list is no empty list: better a leftover than a pod without network.
+    // A missing list is not an empty one: better a leftover than a dead pod.
     return { note: `no ${ATTACHMENTS}: removed nothing` };
   }
   const valid = attachments.map((it) =>
@@ -555,8 +555,8 @@ async function gc(conf: Conf): Promise<Answer> {
   for (const { ifalias } of stale) {
     removeName(nameOf(ifalias!.split("/")[1]), left);
   }
-  // A namespace that went without a DEL took its veth along, but not its name.
-  // That is a link to nowhere now, by a runtime's ID: a long hexadecimal number.
+  // If a pod's namespace ended without a DEL, its veth is gone, but its name
+  // remains as a broken symlink. A runtime's container ID is long and in hex.
   ensureDirSync(NETNS_DIR);
   for (const { name } of Deno.readDirSync(NETNS_DIR)) {
     const path = join(NETNS_DIR, name);
@@ -567,7 +567,7 @@ async function gc(conf: Conf): Promise<Answer> {
   return { note: namesOf(stale) || "nothing stale" };
 }
 
-/** STATUS: would an ADD succeed now? A full node is no fault: pods end. */
+/** STATUS: would an ADD succeed now? A full node is fine: pods end. */
 async function status(conf: Conf): Promise<Answer> {
   try {
     await lookAtNode(ipam.parsePodCIDR(conf.podcidr));
@@ -576,15 +576,15 @@ async function status(conf: Conf): Promise<Answer> {
     if (!(error instanceof CNIError)) throw error;
     fail(50, `No pod can be added: ${error.message}`, error.details);
   }
-  return {}; // runtimes ask every few seconds: not a line each in the log
+  return {}; // without a note: runtimes ask every few seconds
 }
 
-// deno-lint-ignore no-explicit-any -- what a runtime or `ip` has written
+// deno-lint-ignore no-explicit-any -- JSON from a runtime or `ip`
 export type Any = any;
 
 const ATTACHMENTS = "cni.dev/valid-attachments";
 
-/** The network's configuration (CNI spec, section 1), once it is checked. */
+/** The conf (CNI spec, section 1), as checkConf() accepts it. */
 export interface Conf {
   cniVersion: string;
   name: string;
@@ -597,7 +597,7 @@ export interface Conf {
   [ATTACHMENTS]?: { containerID: string; ifname: string }[];
 }
 
-/** What ADD answers (CNI spec, section 5, "ADD Success"). */
+/** The result of ADD (CNI spec, section 5, "ADD Success"). */
 interface Result {
   interfaces: { name: string; mac?: string; sandbox?: string }[];
   ips: { address: string; gateway?: string; interface?: number }[];
@@ -605,17 +605,17 @@ interface Result {
   dns: object;
 }
 
-/** Reads the configuration, which the verbs about a network need. */
+/** Reads the conf. VERSION and GET need none. */
 function readConf(command: string): Conf {
   try {
     return parseConf(readStdin());
   } catch (error) {
     if (command === "VERSION" || command === "GET") return {} as Conf;
-    return fail(6, "No conf on stdin", `${error}`);
+    return fail(6, "No valid conf on stdin", `${error}`);
   }
 }
 
-/** All of stdin. A stream would read it as well, two milliseconds later. */
+/** Reads all of stdin. A stream would take two milliseconds longer. */
 function readStdin(): string {
   const decoder = new TextDecoder("utf-8", { fatal: true });
   const chunk = new Uint8Array(65536);
@@ -627,19 +627,19 @@ function readStdin(): string {
   }
 }
 
-/** Reads a configuration; throws if it is no JSON object. */
+/** Parses a conf; throws if it is not a JSON object. */
 export function parseConf(text: string): Any {
-  // Runtimes are written in Go, whose JSON takes null for absent.
+  // Runtimes are written in Go, where null in JSON means absent.
   const conf = JSON.parse(text, (_key, value) => value ?? undefined);
   if (!isObject(conf)) throw new TypeError("It is not a JSON object");
   return conf;
 }
 
 /**
- * Checks a configuration, but for podcidr.
+ * Checks all keys of a conf but podcidr.
  *
- * @param since The version that brought the verb.
- * @throws {CNIError} 7 for a key that can't be, 1 for a version.
+ * @param since The first version that has the verb.
+ * @throws {CNIError} 7 for a bad key, 1 for a bad version.
  */
 function checkConf(conf: Any, since: string): void {
   const { cniVersion, mtu, dns, logLevel, runtimeConfig, prevResult } = conf;
@@ -658,30 +658,30 @@ function checkConf(conf: Any, since: string): void {
     refuse(conf, "logLevel", `one of ${LogLevelNames}`);
   }
   if (runtimeConfig?.ips?.length > 0 || runtimeConfig?.mac) {
-    refuse(conf, "runtimeConfig", "without ips and mac, for this one counts");
+    refuse(conf, "runtimeConfig", "without ips and mac: ADD chooses them");
   }
   if (prevResult !== undefined && !isResult(prevResult)) {
-    refuse(conf, "prevResult", "a result");
+    refuse(conf, "prevResult", "a CNI result");
   }
   if (conf[ATTACHMENTS] !== undefined && !isAttachments(conf[ATTACHMENTS])) {
-    refuse(conf, ATTACHMENTS, "a list of containerID and ifname");
+    refuse(conf, ATTACHMENTS, "a list of objects with containerID and ifname");
   }
   if (!VERSIONS.includes(cniVersion)) {
-    fail(1, `cniVersion "${cniVersion}" is unknown`, `one of ${VERSIONS}`);
+    fail(1, `cniVersion "${cniVersion}" is unknown`, `use one of ${VERSIONS}`);
   }
   if (cniVersion < since) {
     fail(1, `cniVersion "${cniVersion}" has no such verb`, `use ${since}`);
   }
 }
 
-/** Checks the name of a network. @throws {CNIError} 7 if it can't be one. */
+/** Checks the name of a network. @throws {CNIError} 7 for a bad one. */
 function checkName(conf: Any): void {
   if (typeof conf.name !== "string" || !NAME.test(conf.name)) {
     refuse(conf, "name", `like ${NAME}`);
   }
 }
 
-/** What a network and a container may be called: two fit into an alias. */
+/** A valid network name or container ID. The two fit into an alias. */
 const NAME = /^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,118}$/;
 
 function refuse(conf: Any, key: string, must: string): never {
@@ -712,7 +712,7 @@ function isAttachments(it: Any): boolean {
 /**
  * Reads the CNI_* variables of a verb about one container.
  *
- * @throws {CNIError} 4 for one that is missing or bad.
+ * @throws {CNIError} 4 if one is missing or bad.
  */
 function readCall(command: string, conf: Conf): Call {
   const containerID = read("CNI_CONTAINERID");
@@ -722,9 +722,9 @@ function readCall(command: string, conf: Conf): Call {
     refuseVariable("CNI_CONTAINERID", `like ${NAME}`);
   }
   if (!isIfname(ifname)) {
-    refuseVariable("CNI_IFNAME", "the name of an interface");
+    refuseVariable("CNI_IFNAME", "an interface name");
   }
-  // DEL may come without it, when the namespace is gone.
+  // DEL may lack it, since the namespace may be gone.
   if (command !== "DEL" && !isPath(netns)) {
     refuseVariable("CNI_NETNS", "an absolute path");
   }
@@ -747,28 +747,28 @@ function refuseVariable(variable: string, must: string): never {
   return fail(4, `${variable}=${value} is missing or bad`, `must be ${must}`);
 }
 
-/** Beyond the spec: nothing that the kernel or `ip -batch` takes otherwise. */
+/** Stricter than the spec: the kernel or `ip -batch` may misread the rest. */
 function isIfname(text: string): boolean {
-  // Folders below /proc/sys/net have these names.
+  // /proc/sys/net has folders of these names.
   if ([".", "..", "all", "default"].includes(text)) return false;
   return /^[!-~]{1,15}$/.test(text) && !/[/:%#'"\\]/.test(text);
 }
 
-/** A path that `ip -batch` reads as it is, between quotes. */
+/** Whether `ip -batch` reads a path between quotes unchanged. */
 function isPath(text: string): boolean {
   return text.startsWith("/") && !/["#\\]|[^ -~\xa0-\uffff]/.test(text);
 }
 
-/** Where `ip netns` looks for a container's namespace. */
+/** The path where `ip netns` looks for a container's namespace. */
 const nameOf = (containerID = "") => join(NETNS_DIR, containerID);
 
-/** Tells whether two paths are one, for /var/run is a link to /run. */
+/** Whether two paths are the same: /var/run is a symlink to /run. */
 function sameFile(a = "", b = ""): boolean {
   const shorten = (path: string) => path.replace(/^\/var\/run\//, "/run/");
   return shorten(a) === shorten(b);
 }
 
-/** Where a symbolic link points; nowhere for anything else. */
+/** The target of a symlink; undefined for anything else. */
 function linkTarget(path?: string): string | undefined {
   try {
     return path && Deno.readLinkSync(path);
@@ -785,12 +785,12 @@ export interface Link {
   flags: string[];
   ifalias?: string;
   master?: string;
-  /** The index of a veth's other end, and that one's namespace if another. */
+  /** A veth's other end: its index, and its namespace if it is another one. */
   link_index?: number;
   link_netnsid?: number;
-  /** With -details. */
+  /** Only with -details. */
   linkinfo?: { info_kind?: string; info_data?: { stp_state?: number } };
-  /** By `ip addr`. */
+  /** Only from `ip addr`. */
   addr_info?: { local: string; prefixlen: number; family: string }[];
 }
 
@@ -802,7 +802,7 @@ interface Route {
 }
 
 /**
- * Has one `ip` do some lines, and returns all that its "show" lines answer.
+ * Runs lines in one `ip -batch`, and returns the answers of the "show" lines.
  * With -force it goes on after a line that fails.
  *
  * @see {@link https://man7.org/linux/man-pages/man8/ip.8.html}
@@ -812,23 +812,23 @@ export async function ip(text: string, ...options: string[]): Promise<Any[]> {
   return await batch(["ip", ...options], text);
 }
 
-/** The same in a pod's namespace, as the script's `ip netns exec`. */
+/** The same in a pod's namespace, like the script's `ip netns exec`. */
 async function inPod(netns: string, text: string): Promise<Any[]> {
   return await batch(["nsenter", `--net=${netns}`, "ip"], text);
 }
 
-/** The same for a new pod, which is made deaf before; both by one shell. */
+/** The same in a new pod. One shell first makes it deaf, then becomes `ip`. */
 async function inNewPod(netns: string, ifname: string, text: string) {
   const enter = ["nsenter", `--net=${netns}`];
   const key = deafness(ifname);
   log.debug([...enter, "sysctl", "-eqw", key].join(" "));
-  // The name comes as an argument, for it may have what a shell would run.
+  // The name is an argument: as part of the script, the shell might run it.
   const script = 'sysctl -eqw "$0"; exec "$@"';
   const shell = [...enter, "/bin/sh", "-c", script, key, "ip"];
   return await batch([...enter, "ip"], text, shell);
 }
 
-/** Has a command, started by these words, do some lines of `ip`. */
+/** Runs lines of `ip` by these words; logs and errors show the command. */
 async function batch(
   command: string[],
   text: string,
@@ -848,25 +848,25 @@ async function batch(
     fail(100, line, stderr || "it answers nothing");
   }
   if (code === 0 && stderr) log.warn(`${command.join(" ")}: ${stderr}`);
-  // In a link's alias `ip` leaves control characters as they are. The one of
-  // Debian 11 escapes apostrophes too, which JSON does not know.
+  // `ip` does not escape control characters in an alias. Debian 11's escapes
+  // apostrophes, which is not JSON.
   const clean = stdout.replace(/[^ -\uffff\n]/g, " ")
     .replace(/\\(.)/g, (pair, char) => char === "'" ? char : pair);
   const answers = clean.split("\n").filter(Boolean);
   return answers.flatMap((json) => JSON.parse(json));
 }
 
-/** How a program ended, and what it wrote. */
+/** A program's exit status and output. */
 interface Output {
   code: number;
   stdout: string;
   stderr: string;
 }
 
-/** When programs that hang are ended: half a minute after the first began. */
+/** Stops programs that hang, half a minute after the first one started. */
 let deadline: AbortSignal | undefined;
 
-/** Runs a program to its end. @throws {CNIError} 100 if it can't, or is late. */
+/** Runs a program. @throws {CNIError} 100 if it can't start, or hangs. */
 export async function run(
   command: string[],
   input = "",
@@ -877,8 +877,8 @@ export async function run(
   try {
     child = new Deno.Command(program, {
       args,
-      cwd: "/", // the caller's may be gone
-      // containerd sets LD_LIBRARY_PATH, with which Deno starts no program.
+      cwd: "/", // the caller's folder may be gone
+      // containerd sets LD_LIBRARY_PATH, and Deno refuses to pass that on.
       clearEnv: true,
       env: { PATH: read("PATH") },
       stdin: input ? "piped" : "null",
@@ -890,15 +890,15 @@ export async function run(
     if (!(error instanceof Deno.errors.NotFound)) {
       return fail(100, `Cannot start ${program}`, `${error}`);
     }
-    const mend = "apt-get install iproute2 coreutils util-linux";
-    return fail(100, `${program} is not on the PATH`, mend);
+    const fix = "apt-get install iproute2 coreutils util-linux";
+    return fail(100, `${program} is not on the PATH`, fix);
   }
   const [{ code, stdout, stderr }] = await Promise.all([
     child.output(),
     input && write(child.stdin, `${input}\n`),
   ]);
   if (late.aborted) {
-    fail(100, `${program} hangs`, `ended after 30 seconds: ${input}`);
+    fail(100, `${program} hangs`, `stopped after 30 seconds: ${input}`);
   }
   const decoder = new TextDecoder();
   return {
@@ -914,21 +914,21 @@ async function write(stdin: WritableStream, text: string): Promise<void> {
     await writer.write(new TextEncoder().encode(text));
     await writer.close();
   } catch {
-    // The program has ended before it read all, and its status tells why.
+    // The program ended before it read everything. Its status says why.
   }
 }
 
-/** The log; main() opens it, so those that import this file write none. */
+/** The log. Only main() opens it, so node-setup.ts writes none. */
 const log = new Logger("custom-cni", "INFO");
 
 function openLog(): void {
   try {
-    // FileHandler makes a file that everybody may read.
+    // FileHandler would create a file that everybody may read.
     Deno.openSync(LOG, { append: true, create: true, mode: 0o640 }).close();
     const file = new LogFile("NOTSET", {
       filename: LOG,
       formatter: formatLine,
-      bufferSize: 0, // what was done is told even if this program is killed
+      bufferSize: 0, // keeps each line even if this program is killed
     });
     file.setup();
     log.handlers.push(file);
@@ -937,32 +937,32 @@ function openLog(): void {
   }
 }
 
-/** A file for the log. A full disk must not fail a pod. */
+/** The file of the log. A full disk must not fail a pod. */
 class LogFile extends FileHandler {
   override log(line: string): void {
     try {
       super.log(line);
     } catch (error) {
-      console.error(`custom-cni: no line in ${LOG}: ${error}`);
+      console.error(`custom-cni: cannot write ${LOG}: ${error}`);
     }
   }
 }
 
-/** A line of the log; each but a command tells the milliseconds so far. */
+/** A line of the log; all but commands have the milliseconds so far. */
 function formatLine({ datetime, levelName, msg }: LogRecord): string {
-  // No input may begin a line of its own.
+  // Input must not start a new line.
   const text = msg.replace(/[^ -~\xa0-\u2027\u202a-\uffff]+/g, " ");
   const line = `${datetime.toISOString()} ${text}`;
   if (levelName === "DEBUG") return line;
   return `${line} (${Math.round(performance.now())} ms)`;
 }
 
-/** The level that a conf asks for, or the usual one. */
+/** The conf's log level, or the default. */
 function logLevelOf({ logLevel = "INFO" }: Conf): LevelName {
   return LogLevelNames.includes(logLevel) ? logLevel : "INFO";
 }
 
-/** Who calls, for the log: "ADD CONTAINERID eth0". */
+/** The call, for the log: "ADD CONTAINERID eth0". */
 function caller(): string {
   const variables = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"];
   return variables.map(read).filter(Boolean).join(" ");

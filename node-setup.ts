@@ -1,7 +1,7 @@
 /**
- * node-setup: the commands that the tutorial types once on each node, so that
- * pods reach each other, the pods of other nodes, and the internet. A run
- * prints and does those that are missing; --check tells what is wrong.
+ * node-setup: the commands that you type once on each node in the tutorial, so
+ * that pods reach each other, the pods of other nodes, and the internet. It
+ * prints and runs those that are missing. --check reports what is wrong.
  *
  * @module
  */
@@ -19,16 +19,16 @@ function commandsFor({ podCIDR, peers, keepsSource }: Setup): Command[] {
   const kept = keepsSource ? peers : [];
   return [
     command("always", "sysctl -w net.ipv4.ip_forward=1"),
-    // Same host: what cni0 bridges has to pass FORWARD, and Docker drops all.
+    // Same host: bridged packets pass FORWARD, where Docker drops everything.
     command("bridged", "modprobe br_netfilter"),
     command("bridged", "sysctl -w net.bridge.bridge-nf-call-iptables=1"),
     command("forward", `iptables -A FORWARD -s ${own} -j ACCEPT`),
     command("forward", `iptables -A FORWARD -d ${own} -j ACCEPT`),
-    // Other hosts: the network between the nodes knows of no pods.
+    // Other hosts: the network between the nodes does not know the pods.
     ...peers.map(({ podCIDR, hop }) =>
       command("routes", `ip route add ${podCIDR.text} via ${hop}`)
     ),
-    // Internet: answers find the node, not the pod. On cni0 they find the pod.
+    // Internet: only the node's address gets answers. On cni0 a pod's does too.
     ...kept.map(({ podCIDR }) =>
       command("kept", `${nat("-I")} -d ${podCIDR.text} -j RETURN`)
     ),
@@ -36,17 +36,17 @@ function commandsFor({ podCIDR, peers, keepsSource }: Setup): Command[] {
   ];
 }
 
-/** What is the matter where a step's commands were not run. */
+/** What is wrong if a step's commands are missing. */
 const WITHOUT = {
   always: "The node forwards no packets: pods reach no other network",
   bridged: "Bridged packets bypass iptables: a Service is dead on its own node",
   forward: "FORWARD lacks a rule for the pods",
   routes: "A peer's pods have no route",
-  kept: "A peer's pods see the node's address in place of a pod's",
-  masquerade: "Out there nobody can answer a pod's address",
+  kept: "A peer's pods see the node's address instead of a pod's",
+  masquerade: "Nobody on the internet can answer a pod's address",
 };
 
-/** A command of the tutorial, and what is the matter without it. */
+/** A command of the tutorial, and what is wrong without it. */
 interface Command {
   step: keyof typeof WITHOUT;
   line: string;
@@ -57,7 +57,7 @@ function command(step: keyof typeof WITHOUT, line: string): Command {
   return { step, line, without: WITHOUT[step] };
 }
 
-/** Another node, whose pods are reached through its address. */
+/** Another node. Its pods are behind its address. */
 interface Peer {
   ip: string;
   /** The next hop of the route: "10.0.2.14 dev enp0s3". */
@@ -67,19 +67,20 @@ interface Peer {
 }
 
 const HELP = `Usage: deno run -A node-setup.ts --peer IP[=CIDR] [options]
-The rules and routes that pods need; as root, on each node. Twice is once.
+Adds the rules and routes that pods need. Run it as root on each node. A second
+run adds only what is missing.
 
-  --peer IP[=CIDR]  each other node; =CIDR is known of the tutorial's two nodes
-  --nodes FILE      in place of it: kubectl get nodes -o json; - is stdin
-  --check           start two pods for a moment, and tell what is wrong
-  --conf FILE       the conf, else the first one in /etc/cni/net.d
-  --keep-source     peers' pods see a pod's own address, until --delete
-  --only STEP       forward, routes or masquerade alone; may be repeated
-  --delete          take back what a run with the same flags makes, but sysctl's
+  --peer IP[=CIDR]  another node; the tutorial's two nodes need no =CIDR
+  --nodes FILE      all nodes instead: kubectl get nodes -o json; - is stdin
+  --check           start two pods for a moment, and report what is wrong
+  --conf FILE       the conf; default: the first one in /etc/cni/net.d
+  --keep-source     let peers' pods see a pod's own address, until --delete
+  --only STEP       only forward, routes or masquerade; may be repeated
+  --delete          remove what the same flags add, except sysctl settings
   --dry-run         print all commands and run none; with --check start no pods
   --help            print this
 
-Exit status: 0 well, 1 failed with nothing added or not well, 2 wrong usage`;
+Exit status: 0 fine, 1 failed with nothing added, or problems, 2 wrong usage`;
 
 /** The steps that each --only stands for. */
 const STEPS: Record<string, string[]> = {
@@ -88,7 +89,7 @@ const STEPS: Record<string, string[]> = {
   masquerade: ["kept", "masquerade"],
 };
 
-/** Those of some steps; packets are forwarded for each. */
+/** The commands of some steps. All steps need forwarding. */
 function commandsOf(setup: Setup, only: string[]): Command[] {
   const steps = ["always", ...only.flatMap((name) => STEPS[name])];
   return commandsFor(setup).filter(({ step }) => steps.includes(step));
@@ -96,29 +97,29 @@ function commandsOf(setup: Setup, only: string[]): Command[] {
 
 type Flags = ReturnType<typeof readFlags>;
 
-/** Reads the flags, learns what they stand for, and does it. */
+/** Reads the flags and does what they ask. */
 async function main(args: string[]): Promise<void> {
   const flags = readFlags(args);
   if (flags.help) return console.log(HELP);
   const isDry = flags["dry-run"];
   if (Deno.uid() !== 0 && (flags.check || !isDry)) {
-    fail(1, "Only root may look at a node and change it", "sudo, or --dry-run");
+    fail(1, "Only root may look at or change a node", "sudo, or --dry-run");
   }
   if (flags.check) return await check(flags);
   const setup = await learn(flags);
   const lines = commandsOf(setup, flags.only).map(({ line }) => line);
-  if (flags.delete) return await takeBack(lines, isDry);
+  if (flags.delete) return await undo(lines, isDry);
   if (isDry) return print(lines);
   await runMissing(lines);
 }
 
-/** Runs the commands that are missing. If one fails, nothing was added. */
+/** Runs the missing commands. If one fails, it removes what others added. */
 async function runMissing(lines: string[]): Promise<void> {
   const there = await whatIsThere();
   const missing = lines.filter((line) => !isThere(line, there));
   const errors = await runAll(missing);
   if (errors.length > 0) {
-    console.log("# Failed; what was added is taken back");
+    console.log("# Failed; removing what was added");
     const now = await whatIsThere();
     const added = missing.filter((line) => now.includes(line));
     const back = added.reverse().map(opposite);
@@ -126,12 +127,12 @@ async function runMissing(lines: string[]): Promise<void> {
     fail(1, errors.join("\n"));
   }
   console.log(
-    `# ${missing.length} new, ${lines.length - missing.length} there already`,
+    `# ${missing.length} new, ${lines.length - missing.length} already there`,
   );
 }
 
-/** Takes back what is there, but sysctl's: others may need it by now. */
-async function takeBack(lines: string[], isDry: boolean): Promise<void> {
+/** Removes what is there, except settings, which others may need by now. */
+async function undo(lines: string[], isDry: boolean): Promise<void> {
   const ours = lines.filter((line) => !/^(sysctl|modprobe)/.test(line));
   const there = isDry ? ours : await whatIsThere();
   const found = ours.filter((line) => there.includes(line));
@@ -139,23 +140,23 @@ async function takeBack(lines: string[], isDry: boolean): Promise<void> {
   if (isDry) return print(back);
   const errors = await runAll(back, { goesOn: true });
   if (errors.length > 0) fail(1, errors.join("\n"));
-  // What --keep-source made is taken back also where nobody asked for it.
+  // Rules of --keep-source are always removed, so a missing one is normal.
   const missing = ours.filter((line) => !there.includes(line) && !isKept(line));
-  console.log(`# ${back.length} taken back, ${missing.length} not there`);
+  console.log(`# ${back.length} removed, ${missing.length} not there`);
 }
 
-/** Others may keep the same route, with words of their own behind it. */
+/** Somebody else's route may have further words, such as a metric. */
 function isThere(line: string, there: string[]): boolean {
   return there.some((it) => it === line || it.startsWith(`${line} `));
 }
 
-/** The command that takes back what a command did. */
+/** The command that undoes another one. */
 function opposite(line: string): string {
   return line.replace(/ -[AI] /, " -D ").replace(" add ", " del ")
     .replace(/=1$/, "=0");
 }
 
-/** What there is on the node, each as the command that makes it. */
+/** What is on the node, written as the commands that add it. */
 async function whatIsThere(): Promise<string[]> {
   const look = `set -eo pipefail
     ip -oneline route show |
@@ -172,7 +173,7 @@ async function whatIsThere(): Promise<string[]> {
   return stdout.split("\n");
 }
 
-/** Prints and runs commands, and returns what failed. It stops at that. */
+/** Prints and runs commands. Stops at an error, unless told to go on. */
 async function runAll(
   lines: string[],
   { goesOn = false } = {},
@@ -190,7 +191,7 @@ async function runAll(
   return errors;
 }
 
-/** All routes by one `ip`, for there may be a thousand. */
+/** Runs one `ip` for all routes, since there may be a thousand. */
 async function runRoutes(routes: string[]): Promise<string[]> {
   print(routes);
   const input = routes.map((line) => line.replace(/^ip /, "")).join("\n");
@@ -204,13 +205,13 @@ async function runRoutes(routes: string[]): Promise<string[]> {
 async function runOne(line: string): Promise<string[]> {
   print([line]);
   const [program, ...args] = line.split(" ");
-  // kube-proxy and Docker write to the tables too: wait for their lock.
+  // Wait for the lock: kube-proxy and Docker write to the tables too.
   if (program === "iptables") args.unshift("-w");
   const { code, stderr } = await run([program, ...args])
     .catch(({ message }) => ({ code: 1, stderr: message }));
   if (code === 0 && !stderr) return [];
   const complaint = `${line}: ${stderr}`;
-  // The rest works without bridged packets, and not every kernel has them.
+  // The rest works without br_netfilter, and not every kernel has it.
   const isNeeded = !/br_netfilter|bridge-nf/.test(line);
   if (code !== 0 && isNeeded) return [complaint];
   console.error(`Warning: ${complaint}`);
@@ -219,7 +220,7 @@ async function runOne(line: string): Promise<string[]> {
 
 const isKept = (line: string) => line.endsWith("-j RETURN");
 
-/** One iptables for all peers, since each one writes the whole table anew. */
+/** Runs one iptables for all peers, since each call rewrites the table. */
 function joinKept(lines: string[]): string[] {
   const [first, ...others] = lines.filter(isKept);
   const ranges = lines.filter(isKept).map((line) => / -d (\S+)/.exec(line)![1]);
@@ -232,24 +233,23 @@ function print(lines: string[]): void {
   for (const line of lines) console.log(line);
 }
 
-/** What is known before anything is done. */
+/** What the flags and the conf say. */
 interface Setup {
-  /** The range of this node's pods, and the conf that says so. */
   podCIDR: PodCIDR;
   conf: plugin.Conf;
   peers: Peer[];
   keepsSource: boolean;
 }
 
-/** A node that is to be a peer, if it can: by --peer, or by --nodes. */
+/** A node from --peer or --nodes that may become a peer. */
 interface Candidate {
-  /** Its name in the list of --nodes. */
+  /** Only from --nodes. */
   name?: string;
   ips: string[];
   range?: string;
 }
 
-/** Learns the range of this node's pods, and its peers. */
+/** Finds out this node's pod CIDR and its peers. */
 async function learn(flags: Flags): Promise<Setup> {
   const list = flags.nodes ? await readNodes(flags.nodes) : undefined;
   const conf = await readConf(flags.conf, list?.range);
@@ -257,21 +257,21 @@ async function learn(flags: Flags): Promise<Setup> {
   if (list?.range && list.range !== podCIDR.text) {
     const what =
       `podcidr "${podCIDR.text}" is not the "${list.range}" of --nodes`;
-    fail(1, what, "mend one of the two");
+    fail(1, what, "correct one of them");
   }
   const candidates = [
     ...list?.others ?? [],
     ...flags.peer.map((text) => parsePeer(text, podCIDR)),
   ];
-  const ways = await waysTo(candidates.flatMap(({ ips }) => ips));
+  const routes = await routesTo(candidates.flatMap(({ ips }) => ips));
   const peers: Peer[] = [];
   for (const candidate of candidates) {
     try {
-      const peer = choosePeer(candidate, ways);
+      const peer = choosePeer(candidate, routes);
       if (!flags.delete) checkPeer(peer, podCIDR, peers);
       peers.push(peer);
     } catch (error) {
-      // What can't be used of a list stops nobody else; what was named, does.
+      // A bad node of --nodes is skipped. A bad --peer is an error.
       if (!candidate.name || !(error instanceof CNIError)) throw error;
       const why = `${error.message}; ${error.details}`;
       console.error(`Skipped node "${candidate.name}": ${why}`);
@@ -281,68 +281,68 @@ async function learn(flags: Flags): Promise<Setup> {
   return { podCIDR, conf, peers, keepsSource };
 }
 
-/** Runs a program, for half a minute at most. */
+/** Runs a program for at most half a minute. */
 function run(command: string[], input?: string) {
   return plugin.run(command, input, AbortSignal.timeout(30_000));
 }
 
-/** How the kernel reaches an address; see `ip route get`. */
-interface Reach {
+/** The kernel's route to an address, as `ip route get` shows it. */
+interface Route {
   dst: string;
   dev: string;
-  /** "local", "broadcast" and the like, if it is no host's. */
+  /** "local", "broadcast" and the like; none for another host. */
   type?: string;
-  /** The next hop, if it is no neighbour. */
+  /** The next hop, unless the address is a neighbour's. */
   gateway?: string;
 }
 
-/** Asks the kernel for the way to each address; some it may refuse. */
-async function waysTo(ips: string[]): Promise<Map<string, Reach>> {
+/** Asks the kernel for its route to each address. It may refuse some. */
+async function routesTo(ips: string[]): Promise<Map<string, Route>> {
   if (ips.length === 0) return new Map();
   const lines = ips.map((ip) => `route get ${ip}`);
-  const ways: Reach[] = await plugin.ip(lines.join("\n"), "-force");
-  return new Map(ways.map((way) => [way.dst, way]));
+  const routes: Route[] = await plugin.ip(lines.join("\n"), "-force");
+  return new Map(routes.map((route) => [route.dst, route]));
 }
 
-/** The address of a candidate that can be the next hop of a route. */
-function choosePeer(candidate: Candidate, ways: Map<string, Reach>): Peer {
+/** Picks the candidate's address that can be the next hop of a route. */
+function choosePeer(candidate: Candidate, routes: Map<string, Route>): Peer {
   const { name, ips, range } = candidate;
   const podCIDR = ipam.parsePodCIDR(range ?? fail(1, "No IPv4 podCIDR"));
   const [first = fail(1, "No IPv4 InternalIP")] = ips;
-  // What --peer names, the kernel takes or refuses. Of a list's node it can be
-  // one address of several, and the kernel wants a neighbour.
+  // The kernel itself refuses a bad --peer. A node of --nodes may have several
+  // addresses, and the next hop must be a neighbour.
   const whyNot = (ip: string) => {
-    const way = ways.get(ip);
-    if (!way) return "can't be reached";
-    if (way.type === "local") return "is this node";
-    if (way.type) return `is a ${way.type} address`;
-    if (way.gateway) return `is no neighbour, ${way.gateway} is on the way`;
+    const route = routes.get(ip);
+    if (!route) return "can't be reached";
+    if (route.type === "local") return "is this node's own";
+    if (route.type) return `is a ${route.type} address`;
+    if (route.gateway) return `is not a neighbour, but behind ${route.gateway}`;
   };
   const neighbour = ips.find((ip) => !whyNot(ip));
   if (name && !neighbour) {
     fail(1, `Address ${first} ${whyNot(first)}`, `see: ip route get ${first}`);
   }
   const ip = neighbour ?? first;
-  const dev = ways.get(ip)?.dev;
+  const dev = routes.get(ip)?.dev;
   return { ip, hop: dev ? `${ip} dev ${dev}` : ip, dev, podCIDR };
 }
 
-/** Refuses what the kernel would take: a range that is somebody's already. */
+/** Refuses a peer that the kernel would accept but that can't be right. */
 function checkPeer(
   { ip, dev, podCIDR }: Peer,
   own: PodCIDR,
   others: Peer[],
 ): void {
   if (dev === "lo") {
-    fail(1, `Peer "${ip}" is this node`, "name the other ones");
+    fail(1, `Peer "${ip}" is this node`, "name the other nodes");
   }
   if (ipam.overlaps(own, `${ip}/32`)) {
     fail(1, `Peer "${ip}" is a pod`, "name its node");
   }
   if (others.some((other) => other.ip === ip)) {
-    fail(1, `Peer "${ip}" is another node's too`, "mend one of the two");
+    fail(1, `Two peers have the address "${ip}"`, "correct one of them");
   }
-  // What cni0 has beside this range, --check and ADD tell.
+  // ADD and --check look at the addresses of cni0.
   const links = Deno.networkInterfaces()
     .filter(({ family, name }) => family === "IPv4" && name !== "cni0");
   const taken = [
@@ -352,25 +352,27 @@ function checkPeer(
   ].find((range) => ipam.overlaps(podCIDR, range));
   if (taken) {
     const what = `Peer "${ip}" can't have "${podCIDR.text}"`;
-    fail(1, what, `that overlaps ${taken}`);
+    fail(1, what, `it overlaps ${taken}`);
   }
 }
 
-/** Reads the "10.0.2.14" or "10.0.2.14=10.240.1.0/24" of --peer. */
+/** Parses "10.0.2.14" or "10.0.2.14=10.240.1.0/24", as --peer has it. */
 function parsePeer(text: string, own: PodCIDR): Candidate {
   const [ip, range] = text.split("=");
-  if (!isIPv4(ip)) fail(1, `--peer "${text}" is no IPv4 address`, "IP[=CIDR]");
+  if (!isIPv4(ip)) {
+    fail(1, `--peer "${text}" is not an IPv4 address`, "IP[=CIDR]");
+  }
   if (range !== undefined) return { ips: [ip], range };
   // The tutorial's two nodes.
   const pair = ["10.240.0.0/24", "10.240.1.0/24"];
   if (!pair.includes(own.text)) {
-    const mend = `write --peer ${text}=CIDR; only ${pair} know each other`;
-    fail(1, `--peer "${text}" names no CIDR`, mend);
+    const fix = `use --peer ${text}=CIDR; only ${pair} need none`;
+    fail(1, `--peer "${text}" lacks a CIDR`, fix);
   }
   return { ips: [ip], range: pair.find((it) => it !== own.text) };
 }
 
-/** Finds this node's range and the other nodes in the output of kubectl. */
+/** Reads this node's pod CIDR and the other nodes from kubectl's output. */
 async function readNodes(path: string) {
   const list = await readJSON(path, "see: kubectl get nodes -o json");
   const items: plugin.Any[] = list.kind === "Node" ? [list] : list.items;
@@ -378,7 +380,7 @@ async function readNodes(path: string) {
   const nodes = items.filter(({ kind = "Node" }) => kind === "Node").map(
     readNode,
   );
-  // The name is one node's only. An address may be on every machine.
+  // Names are unique. An address may be on every machine.
   const mine = Deno.networkInterfaces().map(({ address }) => address);
   const hostname = Deno.hostname().toLowerCase();
   let found = nodes.filter(({ name }) => name === hostname);
@@ -390,15 +392,15 @@ async function readNodes(path: string) {
     const names = [hostname, ...mine].join(", ");
     fail(
       1,
-      `Just one of --nodes must be this node, not ${which}`,
-      `its names are ${names}`,
+      `Exactly one of --nodes must be this node, not ${which}`,
+      `this node is ${names}`,
     );
   }
   const [own] = found;
   return { range: own.range, others: nodes.filter((node) => node !== own) };
 }
 
-/** What is of use here in a node, as Kubernetes describes it. */
+/** Reads the useful parts of a Node of Kubernetes. */
 function readNode(node: plugin.Any) {
   const { metadata = {}, spec = {}, status = {} } = node;
   const addresses: plugin.Any[] = status.addresses ?? [];
@@ -413,8 +415,8 @@ function readNode(node: plugin.Any) {
 }
 
 /**
- * What the conf says to custom-cni: the given file, or as for a runtime the
- * first one by name.
+ * Reads custom-cni's conf from the given file. By default it takes the first
+ * file by name, as a runtime does.
  */
 async function readConf(given?: string, range?: string): Promise<plugin.Conf> {
   const files = expandGlobSync("/etc/cni/net.d/*.{conf,conflist,json}");
@@ -422,11 +424,11 @@ async function readConf(given?: string, range?: string): Promise<plugin.Conf> {
   const path = given ?? first;
   if (!path && range) return { podcidr: range } as plugin.Conf;
   if (!path) {
-    const mend = "cp 10-custom-cni.conf /etc/cni/net.d/ # and set its podcidr";
-    fail(1, 'No conf in /etc/cni/net.d ("cni plugin not initialized")', mend);
+    const fix = "cp 10-custom-cni.conf /etc/cni/net.d/ # and set its podcidr";
+    fail(1, 'No conf in /etc/cni/net.d ("cni plugin not initialized")', fix);
   }
   const file = await readJSON(path, `vi ${path}`);
-  // A list's name and version are those of its plugins.
+  // The plugins of a list have the list's name and version.
   const { name, cniVersion, plugins } = file;
   const isList = path.endsWith(".conflist");
   const all: plugin.Any[] = isList ? [plugins ?? []].flat() : [file];
@@ -435,23 +437,23 @@ async function readConf(given?: string, range?: string): Promise<plugin.Conf> {
   if (given) return file;
   return fail(
     1,
-    `${path} comes first, and is not for custom-cni`,
+    `${path} comes first, but is not for custom-cni`,
     `mv ${path} /root/`,
   );
 }
 
-/** Reads a file as a JSON object. */
-async function readJSON(path: string, mend: string): Promise<plugin.Any> {
+/** Reads a JSON object from a file. */
+async function readJSON(path: string, fix: string): Promise<plugin.Any> {
   try {
     return plugin.parseConf(await Deno.readTextFile(path));
   } catch (error) {
-    return fail(1, `Cannot read "${path}"`, `${mend}; ${error}`);
+    return fail(1, `Cannot read "${path}"`, `${fix}; ${error}`);
   }
 }
 
-/** Reads the flags. @throws {CNIError} 2 for what can't be meant. */
+/** Reads the flags. @throws {CNIError} 2 for wrong usage. */
 function readFlags(args: string[]) {
-  // parseArgs takes a lone - for a flag, not for the value of --nodes.
+  // parseArgs would read a lone - as a flag, not as the value of --nodes.
   const words = args.map((arg) => arg.replace(/(^|=)-$/, "$1/dev/stdin"));
   const flags = parseArgs(words, {
     string: ["peer", "nodes", "conf", "only"],
@@ -465,95 +467,95 @@ function readFlags(args: string[]) {
   }
   for (const step of only) {
     if (!STEPS[step]) {
-      fail(2, `--only "${step}" is no step`, `use ${Object.keys(STEPS)}`);
+      fail(2, `--only "${step}" is not a step`, `use ${Object.keys(STEPS)}`);
     }
   }
   const steps = only.length > 0 ? only : Object.keys(STEPS);
   const needsPeer = steps.includes("routes") || flags["keep-source"];
   const hasPeer = peer.length > 0 || nodes || flags.help || flags.check;
-  if (needsPeer && !hasPeer) fail(2, "No peer is named", "--peer or --nodes");
+  if (needsPeer && !hasPeer) fail(2, "No peer", "use --peer or --nodes");
   return { ...flags, only: steps, peer: [...new Set(peer)] };
 }
 
-/** What is wrong, and the commands that mend it or that show more. */
-interface Trouble {
+/** What is wrong, and the commands that fix it or show more. */
+interface Problem {
   what: string;
   commands: string[];
 }
 
-/** Tells what is well on this node and what is not, and changes nothing. */
+/** Reports what is well on this node and what is not. Changes nothing. */
 async function check(flags: Flags): Promise<void> {
   let setup: Setup;
   try {
     setup = await learn(flags);
   } catch (error) {
-    return tell("", [troubleOf(error)]);
+    return report("", [problemOf(error)]);
   }
   const there = await whatIsThere();
   const missing = commandsOf(setup, flags.only)
     .filter(({ line }) => !isThere(line, there))
     .map(({ without, line }) => ({ what: without, commands: [line] }));
-  tell("All rules and routes are there", missing);
-  tell("cni0 is well", await lookAtBridge(setup));
-  tell("The pods' host veths are well", await lookAtVeths(setup));
-  tell("Pods' packets fit through the NIC", await lookAtMTU(setup));
+  report("All rules and routes are there", missing);
+  report("cni0 is well", await lookAtBridge(setup));
+  report("The pods' host veths are well", await lookAtVeths(setup));
+  report("Pods' packets fit through the NIC", await lookAtMTU(setup));
   if (flags["dry-run"]) {
     console.log(
-      "     No pod was started to see whether packets pass: --dry-run",
+      "     No pod was started to see if packets pass: --dry-run",
     );
   } else {
     await tryWithPods(setup);
   }
 }
 
-/** What a CNIError says; any other is a fault of this program. */
-function troubleOf(error: unknown): Trouble {
+/** What a CNIError says. Any other error is a bug of this program. */
+function problemOf(error: unknown): Problem {
   if (!(error instanceof CNIError)) throw error;
   return { what: error.message, commands: [error.details] };
 }
 
-/** Prints that all is well, or each trouble. */
-function tell(ok: string, troubles: Trouble[]): void {
-  if (troubles.length === 0) console.log(`ok   ${ok}`);
-  for (const { what, commands } of troubles) {
+/** Prints that all is well, or each problem. */
+function report(ok: string, problems: Problem[]): void {
+  if (problems.length === 0) console.log(`ok   ${ok}`);
+  for (const { what, commands } of problems) {
     const lines = [`BAD  ${what}`, ...commands.filter(Boolean)];
     console.log(lines.join("\n     "));
     Deno.exitCode = 1;
   }
 }
 
-/** Is cni0 up, with the gateway's address, and do packets to pods go there? */
-async function lookAtBridge({ podCIDR }: Setup): Promise<Trouble[]> {
+/** Is cni0 up, with the gateway's address and the route to the pods? */
+async function lookAtBridge({ podCIDR }: Setup): Promise<Problem[]> {
   const gateway = ipam.address(podCIDR, 1);
   const cidr = `${gateway}/${podCIDR.prefix}`;
   try {
     const { bridge, hasRoute } = await plugin.lookAtNode(podCIDR);
-    if (!bridge) return []; // the node had no pod yet
+    if (!bridge) return []; // the node has had no pod yet
     if (!plugin.isUp(bridge)) {
       return [{ what: "cni0 is down", commands: ["ip link set cni0 up"] }];
     }
     if (!plugin.addressesOf(bridge).includes(cidr)) {
-      const mend = `ip addr add ${cidr} dev cni0`;
-      return [{ what: `cni0 lacks ${cidr}`, commands: [mend] }];
+      const fix = `ip addr add ${cidr} dev cni0`;
+      return [{ what: `cni0 lacks ${cidr}`, commands: [fix] }];
     }
     if (!hasRoute) {
-      const mend = `ip route add ${podCIDR.text} dev cni0 src ${gateway}`;
-      return [{ what: "The node has no route to its pods", commands: [mend] }];
+      const fix = `ip route add ${podCIDR.text} dev cni0 src ${gateway}`;
+      return [{ what: "The node has no route to its pods", commands: [fix] }];
     }
     if (bridge.linkinfo?.info_data?.stp_state) {
-      const mend = "ip link set cni0 type bridge stp_state 0";
-      return [{ what: "STP lets new pods wait 30 s", commands: [mend] }];
+      const fix = "ip link set cni0 type bridge stp_state 0";
+      return [{ what: "STP makes new pods wait 30 s", commands: [fix] }];
     }
     return [];
   } catch (error) {
-    return [troubleOf(error)];
+    return [problemOf(error)];
   }
 }
 
-/** Is each host veth on cni0, up, and does its name tell its number? */
-async function lookAtVeths({ podCIDR }: Setup): Promise<Trouble[]> {
+/** Is each host veth on cni0, up, and named after its number? */
+async function lookAtVeths({ podCIDR }: Setup): Promise<Problem[]> {
   const links: plugin.Link[] = await plugin.ip("link show");
-  const troubles: Trouble[] = [];
+  const problems: Problem[] = [];
   for (const link of links) {
     const { ifname, master } = link;
     const n = plugin.numberOf(link, podCIDR);
@@ -563,22 +565,22 @@ async function lookAtVeths({ podCIDR }: Setup): Promise<Trouble[]> {
       const what = `${ifname} is not on cni0: the pod ${podIP} is cut off`;
       const onto = `ip link set ${ifname} master cni0 up`;
       const hairpin = `ip link set ${ifname} type bridge_slave hairpin on`;
-      troubles.push({ what, commands: [onto, hairpin] });
+      problems.push({ what, commands: [onto, hairpin] });
     } else if (!plugin.isUp(link)) {
       const what = `${ifname} is down: the pod ${podIP} is cut off`;
-      troubles.push({ what, commands: [`ip link set ${ifname} up`] });
+      problems.push({ what, commands: [`ip link set ${ifname} up`] });
     }
     if (ifname !== `veth${n}`) {
       const what = `${ifname} was veth${n}: another pod may get ${podIP} too`;
       const rename = `ip link set ${ifname} down name veth${n}`;
-      troubles.push({ what, commands: [rename, `ip link set veth${n} up`] });
+      problems.push({ what, commands: [rename, `ip link set veth${n} up`] });
     }
   }
-  return troubles;
+  return problems;
 }
 
-/** Is there a device to others that takes less than pods send? */
-async function lookAtMTU({ conf, peers }: Setup): Promise<Trouble[]> {
+/** Do pods send larger packets than the devices to other nodes take? */
+async function lookAtMTU({ conf, peers }: Setup): Promise<Problem[]> {
   const sent = conf.mtu ?? 1500;
   const routes = await plugin.ip("route show default");
   const devices = [...peers, ...routes].map(({ dev }) => dev);
@@ -594,31 +596,31 @@ async function lookAtMTU({ conf, peers }: Setup): Promise<Trouble[]> {
 
 const BINARY = "/opt/cni/bin/custom-cni";
 
-/** A pod of the check. */
+/** A pod of --check. */
 interface Pod {
   name: string;
   address: string;
 }
 
-/** A way that packets must be able to go. */
-interface Way {
+/** A connection that must work. */
+interface Connection {
   from: string;
-  /** The words that run a command there. */
+  /** The words that run a command at the caller. */
   enter: string[];
   to: string;
   address: string;
-  /** The words that enter the one who is called, where that can be done. */
+  /** The words that run a command at the called one, unless it is a peer's. */
   called?: string[];
-  /** What to look at if no answer comes. */
+  /** What to look at if it fails. */
   commands: string[];
 }
 
-/** Starts two pods for a moment, as a kubelet would, and lets them call. */
+/** Starts two pods for a moment, as a kubelet would, and tries connections. */
 async function tryWithPods(setup: Setup): Promise<void> {
   const names = [`check-${Deno.pid}-a`, `check-${Deno.pid}-b`];
   let isInterrupted = false;
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
-    // The check ends a moment later, when its pods have ended.
+    // The check first ends its pods, and then itself.
     Deno.addSignalListener(signal, () => isInterrupted = true);
   }
   try {
@@ -626,44 +628,44 @@ async function tryWithPods(setup: Setup): Promise<void> {
     for (const name of names) {
       pods.push(await startPod(name, setup.conf));
     }
-    const ways = waysOf(setup, pods);
-    // Some at a time, for there may be a thousand peers.
-    while (ways.length > 0 && !isInterrupted) {
-      const some = ways.splice(0, 50);
-      const alive = await Promise.all(some.map(answers));
-      if (!isInterrupted) some.forEach((way, i) => tellWay(way, alive[i]));
+    const connections = connectionsOf(setup, pods);
+    // 50 at a time, since there may be a thousand peers.
+    while (connections.length > 0 && !isInterrupted) {
+      const some = connections.splice(0, 50);
+      const works = await Promise.all(some.map(isAnswered));
+      if (!isInterrupted) some.forEach((it, i) => reportOn(it, works[i]));
     }
   } catch (error) {
     if (!(error instanceof CNIError)) throw error;
     const what = `A pod gets no network: ${error.message}`;
-    if (!isInterrupted) tell("", [{ what, commands: [error.details] }]);
+    if (!isInterrupted) report("", [{ what, commands: [error.details] }]);
   } finally {
     for (const name of names) await endPod(name, setup.conf);
   }
   if (isInterrupted) Deno.exit(130);
 }
 
-/** Makes a pod. @throws {CNIError} as ADD answers. */
+/** Starts a pod. @throws {CNIError} as ADD answers. */
 async function startPod(name: string, conf: plugin.Conf): Promise<Pod> {
-  // Not by `ip netns add`: where nobody has called that before, it mounts
-  // /run/netns upon itself, and the runtime's namespaces are there twice.
+  // Not by `ip netns add`. Its first call mounts /run/netns onto itself, and
+  // then the runtime's namespaces would be mounted twice.
   await Deno.writeTextFile(netnsOf(name), "");
   const made = await run(["unshare", `--net=${netnsOf(name)}`, "true"]);
-  if (made.code !== 0) fail(1, "unshare makes no namespace", made.stderr);
+  if (made.code !== 0) fail(1, "unshare can't make a namespace", made.stderr);
   const { stdout, stderr } = await callPlugin("ADD", name, conf);
   if (!stdout.startsWith("{")) {
-    const mend = `cp dist/custom-cni ${BINARY}.new; mv ${BINARY}.new ${BINARY}`;
-    fail(1, `${BINARY} does not start: ${stderr}`, mend);
+    const fix = `cp dist/custom-cni ${BINARY}.new; mv ${BINARY}.new ${BINARY}`;
+    fail(1, `${BINARY} does not start: ${stderr}`, fix);
   }
   const { code, msg, details, ips } = JSON.parse(stdout);
   if (code) fail(code, msg, details);
-  // A rule that rejects sends this, and it would look like an answer.
+  // A REJECT rule sends such packets, which would look like an answer.
   const drop = "-p icmp --icmp-type destination-unreachable -j DROP".split(" ");
   await run([...inPod(name), "iptables", "-w", "-A", "INPUT", ...drop]);
   return { name, address: ips[0].address.split("/")[0] };
 }
 
-/** Ends a pod, whatever there is of it. */
+/** Ends a pod, even one that started only in part. */
 async function endPod(name: string, conf: plugin.Conf): Promise<void> {
   const ends = [
     () => callPlugin("DEL", name, conf),
@@ -691,11 +693,11 @@ async function callPlugin(verb: string, name: string, conf: plugin.Conf) {
 const netnsOf = (name: string) => `/run/${name}`;
 const inPod = (name: string) => ["nsenter", `--net=${netnsOf(name)}`];
 
-/** The ways that the tutorial promises, each with what can stand in it. */
-function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
+/** The connections that the tutorial promises. */
+function connectionsOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Connection[] {
   const gateway = ipam.address(podCIDR, 1);
   const fromPod = { from: "A pod", enter: inPod(a.name) };
-  const ways: Way[] = [{
+  const connections: Connection[] = [{
     ...fromPod,
     to: `its gateway ${gateway}`,
     address: gateway,
@@ -719,7 +721,7 @@ function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
     const itsGateway = ipam.address(peer.podCIDR, 1);
     const there = `on ${peer.ip}: deno run -A node-setup.ts --check`;
     const settings = "sysctl -a | grep -wE 'forwarding|rp_filter'";
-    ways.push({
+    connections.push({
       ...fromPod,
       to: `the node ${peer.ip}`,
       address: peer.ip,
@@ -731,7 +733,7 @@ function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
       ],
     }, {
       ...fromPod,
-      to: `${itsGateway}, which ${peer.ip} has from its first pod on`,
+      to: `${itsGateway}, which ${peer.ip} gets with its first pod`,
       address: itsGateway,
       commands: [
         ...firewall("FORWARD"),
@@ -741,7 +743,7 @@ function waysOf({ podCIDR, peers }: Setup, [a, b]: Pod[]): Way[] {
       ],
     });
   }
-  return ways;
+  return connections;
 }
 
 const firewall = (chain: string) => [
@@ -749,26 +751,28 @@ const firewall = (chain: string) => [
   "nft list ruleset",
 ];
 
-/** Calls a port where nobody listens: who gets the call refuses it. */
-async function answers({ enter, address, called }: Way): Promise<boolean> {
+/** Calls a port where nobody listens. A refusal is an answer. */
+async function isAnswered(
+  { enter, address, called }: Connection,
+): Promise<boolean> {
   const before = called ? await countRefused(called) : 0;
   const call = `echo > /dev/tcp/${address}/9`;
   const words = [...enter, "timeout", "2", "bash", "-c", call];
   const { code, stderr } = await run(words);
   if (code !== 0 && !stderr.includes("refused")) return false;
-  // A rule that rejects can refuse it as well, on the way there.
+  // A REJECT rule on the way can refuse too. Did the called one do it?
   return !called || await countRefused(called) > before;
 }
 
-/** How many calls a namespace has refused itself: see nstat(8). */
+/** How many calls a namespace itself has refused: see nstat(8). */
 async function countRefused(enter: string[]): Promise<number> {
   const { stdout } = await run([...enter, "nstat", "-asz", "TcpOutRsts"]);
   return Number(/^TcpOutRsts +(\d+)/m.exec(stdout)?.[1]);
 }
 
-function tellWay({ from, to, commands }: Way, isAlive: boolean): void {
-  const troubles = [{ what: `${from} does not reach ${to}`, commands }];
-  tell(`${from} reaches ${to}`, isAlive ? [] : troubles);
+function reportOn({ from, to, commands }: Connection, works: boolean): void {
+  const problem = { what: `${from} does not reach ${to}`, commands };
+  report(`${from} reaches ${to}`, works ? [] : [problem]);
 }
 
 if (import.meta.main) {

@@ -1,12 +1,12 @@
 /**
- * How long a pod waits for its network, beside others who do the same work.
+ * How long a pod waits for its network, compared with other plugins.
  *
  *     deno task bench [--rounds N] [--json FILE] [--svg FILE] [--beside FILE]
  *
- * All rows take turns within each round, so that they share the noise of the
- * machine, and each figure is also given as a ratio to the first row. The
- * measuring itself runs inside a node, where a call costs nothing but itself.
- * With --beside another binary of this plugin is a row as well: an older one.
+ * All rows take turns within each round, so they share the machine's noise.
+ * Each figure also has its ratio to the first row. The measuring runs inside a
+ * node, where a call costs only itself. --beside adds a row for another binary
+ * of this plugin, such as an older one.
  *
  * @module
  */
@@ -15,7 +15,7 @@ import { join } from "@std/path/posix/join";
 import { CONF, DENORT, Node, run } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
-/** Something that can be called as a plugin. */
+/** A plugin to measure. */
 interface Plugin {
   name: string;
   command: string[];
@@ -29,19 +29,19 @@ type Times = Record<string, Record<string, number[]>>;
 /** What was measured. */
 interface Figures {
   times: Times;
-  /** By the number of pods that the node has. */
+  /** By the number of the node's pods. */
   byPods: Times;
-  /** What an ADD spends its time on, in order. */
+  /** Where an ADD spends its time, in order. */
   parts: Record<string, number[]>;
-  /** Pods a second, when ten start at once. */
+  /** Pods a second if ten start at once. */
   atOnce: Record<string, number[]>;
-  /** MiB and milliseconds of CPU of an ADD, and the programs it starts. */
+  /** An ADD's MiB, its milliseconds of CPU, and the programs that it starts. */
   memory: Record<string, number>;
   cpu: Record<string, number>;
   processes: Record<string, Record<string, number>>;
 }
 
-/** Programs of the same runtime, with next to nothing in them. */
+/** Programs of the same runtime that do next to nothing. */
 const BARE = { empty: "", hello: "console.log()" };
 const EMPTY = "an empty program";
 const FLOOR = "two bare ip -batch";
@@ -73,10 +73,10 @@ const PEER: Plugin = {
   path: "/usr/lib/cni",
 };
 
-/** The plugins that are measured; --beside adds one. */
+/** The plugins to measure. --beside adds one. */
 const PLUGINS = [OURS, SCRIPT, PEER];
 
-/** How long a command took, and when its answer came, in milliseconds. */
+/** When a command started, answered and ended, in milliseconds. */
 interface Run {
   start: number;
   answer: number;
@@ -87,7 +87,7 @@ interface Run {
 /** The path of a bare program. */
 const bare = (name: string) => join(ROOT, "dist", name);
 
-/** Runs a command. */
+/** Runs a command and takes its time. */
 async function time(
   command: string[],
   env: Record<string, string> = {},
@@ -101,7 +101,7 @@ async function time(
   }).spawn();
   const writer = child.stdin.getWriter();
   await writer.write(new TextEncoder().encode(stdin)).catch(() => {});
-  await writer.close().catch(() => {}); // it did not want to read
+  await writer.close().catch(() => {}); // it ended without reading
   const stderr = new Response(child.stderr).text();
   const decoder = new TextDecoder();
   let [stdout, answer] = ["", 0];
@@ -123,7 +123,7 @@ function note(to: Times, row: string, column: string, ms: number): void {
 }
 
 let serial = 0;
-/** A namespace for a pod. */
+/** Creates a namespace for a pod. */
 async function sandbox(): Promise<string> {
   const name = `pod${++serial}`;
   await time(["ip", "netns", "add", name]);
@@ -140,14 +140,14 @@ function call(
 ): Promise<Run> {
   return time([...prefix, ...command], {
     CNI_COMMAND: verb,
-    CNI_CONTAINERID: `id-${pod}`, // a name of its own, as from containerd
+    CNI_CONTAINERID: `id-${pod}`, // not the name of the namespace
     CNI_NETNS: `/var/run/netns/${pod}`,
     CNI_IFNAME: "eth0",
     CNI_PATH: path,
   }, JSON.stringify({ ...conf, prevResult }));
 }
 
-/** The same work by `ip` alone: what the kernel and two processes take. */
+/** The same work only by `ip`: the time of the kernel and two processes. */
 async function bareIp(verb: string, pod: string): Promise<number> {
   if (verb === "DEL") return (await time(["ip", "link", "del", `v${pod}`])).ms;
   const host = await time(
@@ -172,7 +172,7 @@ async function bareIp(verb: string, pod: string): Promise<number> {
   return host.ms + inside.ms;
 }
 
-/** The measuring, inside a node. */
+/** Measures everything, inside a node. */
 async function measure(rounds: number): Promise<Figures> {
   return {
     times: await oneByOne(rounds),
@@ -182,11 +182,11 @@ async function measure(rounds: number): Promise<Figures> {
   };
 }
 
-/** Each verb of each row, one at a time. */
+/** Measures each verb of each row, one at a time. */
 async function oneByOne(rounds: number): Promise<Times> {
   const times: Times = {};
   await time(["ip", "link", "add", "floor0", "up", "type", "bridge"]);
-  // The first round makes each bridge and fills the caches.
+  // The first round does not count: it creates bridges and fills caches.
   for (let round = -1; round < rounds; round++) {
     const row = (name: string, verb: string, ms: number) =>
       round >= 0 && note(times, name, verb, ms);
@@ -201,7 +201,7 @@ async function oneByOne(rounds: number): Promise<Times> {
       await time(["ip", "netns", "del", pod]);
     }
     const pod = await sandbox();
-    // Here, as an ADD: after a "netns del" the kernel is busy for a while.
+    // Here, like an ADD: after a "netns del" the kernel is busy for a while.
     const { ms } = await time([bare("empty")]);
     for (const verb of ["ADD", "DEL", "CHECK", "VERSION"]) row(EMPTY, verb, ms);
     for (const verb of ["ADD", "DEL"]) {
@@ -212,7 +212,7 @@ async function oneByOne(rounds: number): Promise<Times> {
   return times;
 }
 
-/** ADD on nodes that have pods already; the nodes take turns, too. */
+/** Measures ADD on nodes with pods. The nodes take turns too. */
 async function onFullNodes(rounds: number): Promise<Times> {
   const nodes: { netns: string; plugin: Plugin; pods: number }[] = [];
   for (const pods of [1, 50, 100, 250]) {
@@ -220,7 +220,7 @@ async function onFullNodes(rounds: number): Promise<Times> {
       const netns = `node${serial}`;
       await time(["ip", "netns", "add", netns]);
       nodes.push({ netns, plugin, pods });
-      // The bridge is made by the plugin, the other pods by `ip` alone.
+      // The plugin creates the bridge, and `ip` creates the other pods.
       const enter = ["nsenter", `--net=/run/netns/${netns}`];
       const first = await sandbox();
       await call(plugin, "ADD", first, undefined, enter);
@@ -260,7 +260,7 @@ async function onFullNodes(rounds: number): Promise<Times> {
   return byPods;
 }
 
-/** Has `ip monitor` write down what changes in a namespace, up to a line. */
+/** Records with `ip monitor` what changes in a namespace, up to a line. */
 async function monitor(
   enter: string[],
   last: RegExp,
@@ -270,7 +270,7 @@ async function monitor(
     ...{ args, env: { TZ: "UTC" }, stdout: "piped", stderr: "null" },
     signal: AbortSignal.timeout(20_000),
   }).spawn();
-  await time(["sleep", "0.1"]); // it does not tell when it has begun
+  await time(["sleep", "0.1"]); // until it listens, which it does not report
   return async () => {
     let report = "";
     for await (const chunk of child.stdout) {
@@ -287,7 +287,7 @@ async function monitor(
   };
 }
 
-/** When the first line that matches was written, as performance.now() has it. */
+/** The time of the first line that matches, on performance.now()'s clock. */
 function timeOf(report: string, what: RegExp): number {
   const line = report.split("\n").find((line) => what.test(line)) ?? "";
   const [, time] = /\[([^\]]+)\]/.exec(line) ?? [];
@@ -298,8 +298,8 @@ function timeOf(report: string, what: RegExp): number {
 }
 
 /**
- * What an ADD spends its time on: the answers of two programs that do less, and
- * the moments at which the kernel reports the steps, are its milestones.
+ * Measures where an ADD spends its time. Its milestones are the answers of two
+ * programs that do less, and the times at which the kernel reports its steps.
  */
 async function inParts(rounds: number): Promise<Record<string, number[]>> {
   const parts: Record<string, number[]> = {};
@@ -330,7 +330,7 @@ async function inParts(rounds: number): Promise<Record<string, number[]>> {
   return parts;
 }
 
-/** Ten ADDs at once, by turns; and what one takes beside time. */
+/** Measures ten ADDs at once, and what one ADD costs besides time. */
 async function atOnceAndCosts(rounds: number) {
   const figures = {
     ...{ atOnce: {} as Record<string, number[]> },
@@ -354,8 +354,8 @@ async function atOnceAndCosts(rounds: number) {
   }
   const [pod] = pods;
   for (const plugin of PLUGINS) {
-    // GNU's time tells the memory. Of the CPU it tells hundredths of a second,
-    // bash thousandths.
+    // GNU's time reports the memory. For the CPU it reports hundredths of a
+    // second, bash thousandths.
     const script = `TIMEFORMAT="%3U %3S"
       { time /usr/bin/time -f %M -o /tmp/memory "$@"; } 2> /tmp/cpu`;
     const measured = ["bash", "-c", script, "bash"];
@@ -379,7 +379,7 @@ async function atOnceAndCosts(rounds: number) {
   return figures;
 }
 
-/** How many programs a call starts, by stand-ins that count and pass on. */
+/** Counts the programs that a call starts, by stand-ins for them. */
 async function countProcesses(
   plugin: Plugin,
   pod: string,
@@ -408,7 +408,7 @@ function quantile(values: number[], part: number): number {
 }
 const median = (values: number[]) => quantile(values, 0.5);
 
-/** Prints a table: rows by name, with the ratio to the first row. */
+/** Prints a table, with each figure's ratio to the first row. */
 function table(title: string, rows: Times): void {
   console.log(`\n${title}: median and 95th percentile, ratio to the first row`);
   const [first] = Object.values(rows);
@@ -425,7 +425,7 @@ function table(title: string, rows: Times): void {
   }
 }
 
-/** The goals, each a ratio within this run. */
+/** Prints the goals, each a ratio within this run. */
 function goals({ times, byPods, processes }: Figures): void {
   const of = (row: string, verb: string) => median(times[row][verb]);
   const ours = byPods[OURS.name];
@@ -448,7 +448,7 @@ const COLORS = [
   ...["#199473", "#e12d39", "#7b8794"],
 ];
 
-/** Two plots: the parts of an ADD, and its latency by the pods of the node. */
+/** Draws two plots: the parts of an ADD, and its time by the node's pods. */
 function svg({ byPods, parts }: Figures): string {
   const text = (x: number, y: number, words: string, more = "") =>
     `<text x="${x}" y="${y.toFixed(1)}" ${more}>${words}</text>`;
@@ -508,7 +508,7 @@ ${[...new Set(drawn)].join("\n")}
 </svg>\n`;
 }
 
-/** Compiles the bare programs upon the plugin's runtime. */
+/** Compiles the bare programs with the plugin's runtime. */
 async function compileBare(): Promise<void> {
   for (const [name, source] of Object.entries(BARE)) {
     const file = await Deno.makeTempFile({ suffix: ".ts" });
@@ -551,12 +551,12 @@ if (import.meta.main) {
   const { stdout } = await child.output();
   const figures: Figures = JSON.parse(new TextDecoder().decode(stdout));
   table("One at a time", figures.times);
-  table("ADD with so many pods on the node", figures.byPods);
-  console.log("\nWhat an ADD spends its time on: median");
+  table("ADD by the number of the node's pods", figures.byPods);
+  console.log("\nWhere an ADD spends its time: median");
   for (const [part, ms] of Object.entries(figures.parts)) {
     console.log(`${part.padEnd(28)} ${median(ms).toFixed(1).padStart(6)} ms`);
   }
-  console.log("\nTen at once; memory and CPU of an ADD, programs started");
+  console.log("\nTen at once; memory, CPU and programs of an ADD");
   for (const [name, perSecond] of Object.entries(figures.atOnce)) {
     const { ADD, DEL } = figures.processes[name] ?? {};
     const costs = ADD &&

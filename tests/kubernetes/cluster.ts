@@ -1,13 +1,13 @@
 /**
- * A real Kubernetes on the lab's two nodes, with this plugin as its network:
- * the control plane on node1, and on each node what makes it one, containerd,
- * a kubelet and a kube-proxy.
+ * A real Kubernetes on the lab's two nodes, with this plugin as its network.
+ * node1 has the control plane. Each node has containerd, a kubelet and a
+ * kube-proxy.
  *
  *     await using kubernetes = await Kubernetes.start();
  *     await kubernetes.install();
  *     await kubernetes.kubectl("get nodes");
  *
- * All of it ends with this program, however that ends.
+ * All of it ends with this program, even if that is killed.
  *
  * @module
  */
@@ -17,22 +17,22 @@ import { conf, type Node, type Output } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
 const ADDRESSES = { node1: "10.0.2.14", node2: "10.0.2.15" };
-const PODS = "10.240.0.0/16"; // of all nodes, each gets a /24 of it
-// The allocator of ranges skips one where the machine is busy: let none be left.
+const PODS = "10.240.0.0/16"; // the pod CIDRs of all nodes
+// On a busy machine the allocator of pod CIDRs skips one. Here it has no other.
 const TWO_NODES = "10.240.0.0/23";
 const SERVICES = "10.96.0.0/16";
 const KUBECONFIG = "/etc/kubernetes/admin.conf";
 
-/** What gives a node the plugin, as the README has it. */
+/** Installs the plugin on a node, as in the README. */
 export const INSTALL = `install -dm700 /opt/cni/bin/.custom-cni
 cp dist/custom-cni /opt/cni/bin/custom-cni.new
 mv /opt/cni/bin/custom-cni.new /opt/cni/bin/custom-cni`;
 
-/** What gives a node its rules and routes, and all that it needs for them. */
+/** Adds a node's rules and routes. */
 export const SETUP =
   "kubectl get nodes -o json | deno run -A node-setup.ts --nodes -";
 
-/** What a shell on a node knows; HOME is where kubectl keeps its cache. */
+/** The variables of a shell on a node. HOME is for kubectl's cache. */
 const ENV = {
   KUBECONFIG,
   HOME: "/run/home",
@@ -42,9 +42,9 @@ const ENV = {
 /** The daemons and their flags, in the order in which they start. */
 const FLAGS = {
   etcd: "--data-dir=/var/lib/etcd",
-  // Whoever has the token may do all. The key of the certificate that the
-  // apiserver makes for itself signs the service accounts' tokens as well.
-  // Without InternalIP `kubectl exec` looks for the node's name in DNS.
+  // The token allows everything. The apiserver creates a certificate for
+  // itself, and its key also signs the service accounts' tokens. Without
+  // InternalIP `kubectl exec` would look up the node's name in DNS.
   "kube-apiserver": `--etcd-servers=http://127.0.0.1:2379 --secure-port=6443
     --advertise-address=${ADDRESSES.node1} --allow-privileged
     --service-cluster-ip-range=${SERVICES} --authorization-mode=AlwaysAllow
@@ -63,7 +63,7 @@ const FLAGS = {
   kubelet: `--kubeconfig=${KUBECONFIG} --config=/etc/kubernetes/kubelet.json
     --container-runtime=remote --node-ip=$IP
     --container-runtime-endpoint=unix:///run/containerd/containerd.sock`,
-  // How many connections are tracked is a setting of the whole machine: as is.
+  // 0 leaves the limit of tracked connections alone: it is the whole machine's.
   "kube-proxy": `--kubeconfig=${KUBECONFIG} --proxy-mode=iptables
     --cluster-cidr=${PODS} --conntrack-max-per-core=0 --oom-score-adj=0`,
 };
@@ -71,7 +71,7 @@ const FLAGS = {
 /** A program of Kubernetes, as it runs on a node. */
 export type Daemon = keyof typeof FLAGS;
 
-/** What the files in /etc/kubernetes say. */
+/** The files in /etc/kubernetes. */
 const FILES = {
   tokens: "lab,admin,admin,system:masters\n",
   "admin.conf": JSON.stringify({
@@ -86,8 +86,8 @@ const FILES = {
       },
     }],
   }),
-  // The node has no cgroups but those of its pods, and the disk is the
-  // machine's: a kubelet that finds it full is not to end pods.
+  // The node only has the cgroups of its pods. The disk is the machine's: the
+  // kubelet must not evict pods if it is full.
   "kubelet.json": JSON.stringify({
     apiVersion: "kubelet.config.k8s.io/v1beta1",
     kind: "KubeletConfiguration",
@@ -105,8 +105,8 @@ const FILES = {
 };
 
 /**
- * A kubelet insists on values for some settings of the whole machine. Here it
- * writes to files that cover them, which nobody else sees.
+ * A kubelet insists on certain settings of the whole machine. Here it writes
+ * them to files that cover the real ones, and that nobody else sees.
  */
 const SETTINGS = `cd /proc/sys
 for key in vm/overcommit_memory vm/panic_on_oom kernel/panic \
@@ -116,12 +116,12 @@ for key in vm/overcommit_memory vm/panic_on_oom kernel/panic \
   mount --bind /run/sys/$key $key
 done`;
 
-/** Where containerd looks for what pods call nginx and alpine. */
+/** Where containerd gets the images nginx and alpine. */
 const REGISTRY = `
 [plugins."io.containerd.grpc.v1.cri".registry.mirrors."docker.io"]
   endpoint = ["http://10.0.2.2:5000"]`;
 
-/** A node with containerd, and with the daemons that are started on it. */
+/** A node with containerd and Kubernetes' daemons. */
 export class KubernetesNode {
   private constructor(readonly runtimes: Runtimes) {}
 
@@ -137,7 +137,7 @@ export class KubernetesNode {
       await Deno.writeTextFile(node.path(`/etc/kubernetes/${name}`), text);
     }
     await runtimes.startContainerd();
-    await runtimes.loadImage("k8s.io"); // that of every sandbox
+    await runtimes.loadImage("k8s.io"); // for the sandboxes
     return node;
   }
 
@@ -145,7 +145,7 @@ export class KubernetesNode {
     return this.runtimes.node.name;
   }
 
-  /** Its range of pods, as in the tutorial. */
+  /** Its pod CIDR, as in the tutorial. */
   get podCIDR(): string {
     return this.name === "node1" ? "10.240.1.0/24" : "10.240.0.0/24";
   }
@@ -160,12 +160,12 @@ export class KubernetesNode {
     return this.runtimes.run(`cd ${ROOT}\n${line}`, ENV);
   }
 
-  /** The same, and throws unless it succeeds. */
+  /** The same; it must succeed. */
   sh(line: string): Promise<string> {
     return this.runtimes.sh(`cd ${ROOT}\n${line}`, ENV);
   }
 
-  /** Starts a daemon; what it says is in /var/log/NAME.log. */
+  /** Starts a daemon. Its log is /var/log/NAME.log. */
   async start(daemon: Daemon): Promise<void> {
     const ip = ADDRESSES[this.name as keyof typeof ADDRESSES];
     const flags = FLAGS[daemon].replaceAll(/\s+/g, " ").replace("$IP", ip);
@@ -173,12 +173,12 @@ export class KubernetesNode {
       echo $! > /run/${daemon}.pid`);
   }
 
-  /** Ends a daemon as the kernel would; its pods go on. */
+  /** Kills a daemon. Its pods go on. */
   async kill(daemon: Daemon): Promise<void> {
     await this.sh(`kill -9 $(cat /run/${daemon}.pid)`);
   }
 
-  /** Installs the plugin and its conf, whose keys may be others. */
+  /** Installs the plugin and its conf, with some keys changed. */
   async install(keys: Record<string, unknown> = {}): Promise<void> {
     await this.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d\n${INSTALL}`);
     const own = conf({ podcidr: this.podCIDR, ...keys });
@@ -186,7 +186,7 @@ export class KubernetesNode {
   }
 }
 
-/** A cluster of two nodes; `await using` ends all of it. */
+/** A cluster of two nodes. `await using` ends all of it. */
 export class Kubernetes implements AsyncDisposable {
   private constructor(
     readonly lab: Cluster,
@@ -194,7 +194,7 @@ export class Kubernetes implements AsyncDisposable {
     readonly node2: KubernetesNode,
   ) {}
 
-  /** Starts it, without a network: the nodes are there, and not ready. */
+  /** Starts it without a network, so the nodes are not ready. */
   static async start(): Promise<Kubernetes> {
     const lab = await Cluster.start(null);
     const registry = `${Deno.execPath()} run -A tests/kubernetes/registry.ts`;
@@ -207,7 +207,7 @@ export class Kubernetes implements AsyncDisposable {
     );
     const kubernetes = new Kubernetes(lab, node1, node2);
     await kubernetes.#startControlPlane();
-    // Ranges are given in the order in which nodes come: node2 has the first.
+    // Nodes get pod CIDRs in the order in which they register: node2 first.
     for (const node of [node2, node1]) {
       await node.start("kubelet");
       await kubernetes.until(
@@ -239,7 +239,7 @@ export class Kubernetes implements AsyncDisposable {
     return [this.node1, this.node2];
   }
 
-  /** Installs the plugin on both nodes, and returns when they are ready. */
+  /** Installs the plugin on both nodes, and waits until they are ready. */
   async install(keys?: Record<string, unknown>): Promise<void> {
     for (const node of this.nodes) await node.install(keys);
     const ready = "wait --for=condition=Ready node --all --timeout=60s";
@@ -251,7 +251,7 @@ export class Kubernetes implements AsyncDisposable {
     return this.node1.run(`kubectl ${line}`);
   }
 
-  /** Waits for at most two minutes until kubectl answers so. */
+  /** Waits at most two minutes until kubectl gives a certain answer. */
   async until(line: string, isSo: (stdout: string) => boolean): Promise<void> {
     let last = "";
     const asked = async () => {

@@ -1,8 +1,8 @@
 /**
  * What a cluster does to its plugin: programs are killed, a node reboots, is
- * full or has a broken conf, pods come and go. After each of it every pod
- * reaches every other one, no address is given twice, and nothing is left of
- * the pods that ended.
+ * full or has a broken conf, pods come and go. After each fault every pod
+ * reaches every other one, no two pods share an address, and nothing is left
+ * of pods that ended.
  *
  *     deno test -A tests/kubernetes/faults.ts
  *
@@ -20,7 +20,7 @@ const README = await Deno.readTextFile(`${ROOT}README.md`);
 const BIN = "/opt/cni/bin";
 const FAILED = 'plugin type="custom-cni" name="custom-cni" failed (add):';
 
-/** Pods that answer, all on one node; they end at once. */
+/** Web servers on one node. They end without delay. */
 const deployment = (node: string, name = node) => ({
   apiVersion: "apps/v1",
   kind: "Deployment",
@@ -39,7 +39,7 @@ const deployment = (node: string, name = node) => ({
   },
 });
 
-/** A pod whose only container ends with an error, again and again. */
+/** A pod whose only container fails again and again. */
 const CRASHING = {
   apiVersion: "v1",
   kind: "Pod",
@@ -51,11 +51,11 @@ const CRASHING = {
   },
 };
 
-/** The cluster as its tests ask and change it. */
+/** The cluster, with what the tests ask of it. */
 class World {
   constructor(readonly kubernetes: Kubernetes, readonly cniVersion: string) {}
 
-  /** Runs kubectl, and throws unless it succeeds. */
+  /** Runs kubectl; it must succeed. */
   kubectl(line: string): Promise<string> {
     return this.kubernetes.node1.sh(`kubectl ${line}`);
   }
@@ -69,12 +69,12 @@ class World {
     return this.kubectl(`scale deployment ${name} --replicas=${replicas}`);
   }
 
-  /** Writes a node's conf, with some keys in place of those it has. */
+  /** Installs the plugin and its conf, with some keys changed. */
   configure(node: KubernetesNode, keys: Record<string, unknown> = {}) {
     return node.install({ cniVersion: this.cniVersion, ...keys });
   }
 
-  /** Some keys of node2's conf, while something happens, and then the old. */
+  /** Changes some keys of node2's conf during an action. */
   async withConf(keys: Record<string, unknown>, action: () => Promise<void>) {
     await this.configure(this.kubernetes.node2, keys);
     await action();
@@ -85,13 +85,13 @@ class World {
     return JSON.parse(await this.kubectl("get pods -o json")).items;
   }
 
-  /** Waits until a pod that does not start says why. */
+  /** Waits until an event says why a pod does not start. */
   async complains(words: string): Promise<void> {
     const find = "get events --field-selector=reason=FailedCreatePodSandBox";
     await this.kubernetes.until(find, (events) => events.includes(words));
   }
 
-  /** Waits until so many pods are ready, and no others are there. */
+  /** Waits until exactly so many pods exist and are ready. */
   async ready(count: number): Promise<Message[]> {
     let pods: Message[] = [];
     const isReady = ({ metadata, status }: Message) =>
@@ -104,7 +104,7 @@ class World {
     return pods;
   }
 
-  /** All is well: the pods reach each other, and nothing else is there. */
+  /** Asserts that the pods reach each other, and that nothing else is left. */
   async well(count: number): Promise<void> {
     const pods = await this.ready(count);
     const addresses = pods.map(({ status }) => status.podIP);
@@ -112,7 +112,7 @@ class World {
     const asking = `for ip in ${addresses.join(" ")}; do
       timeout 5 wget -qO /dev/null http://$ip/ || echo $ip; done`;
     for (const { metadata: { name } } of pods) {
-      // A kubelet that has just lost containerd refuses an exec at first.
+      // A kubelet that has just lost containerd may refuse an exec.
       await until(`${name} may be asked`, async () => {
         const line = `exec ${name} -- sh -c '${asking}'`;
         const { code, stdout } = await this.kubernetes.kubectl(line);
@@ -130,11 +130,11 @@ class World {
     }
   }
 
-  /** What a reboot takes from node2, and what comes up after it. */
+  /** Removes what a reboot of node2 loses, and starts what comes up again. */
   async reboot(): Promise<void> {
     const { node2: node } = this.kubernetes;
     await node.sh(`
-      for pid in $(cd /proc && ls -d [0-9]*); do # but what holds the node
+      for pid in $(cd /proc && ls -d [0-9]*); do # except what keeps the node
         case "$pid $(cat /proc/$pid/comm)" in
           "1 "*|"$$ "*|*" cat") ;;
           *) kill -9 $pid 2> /dev/null || : ;;
@@ -159,7 +159,7 @@ class World {
     await node.sh("deno run -A node-setup.ts --peer 10.0.2.14");
   }
 
-  /** Waits until so many pods of node2 have had a container start again. */
+  /** Waits until so many pods of node2 have restarted a container. */
   async restarted(count: number): Promise<void> {
     const isIt = ({ spec, status }: Message) =>
       spec.nodeName === "node2" &&
@@ -171,7 +171,7 @@ class World {
   }
 }
 
-/** What happens to the cluster, in this order, and the pods it has then. */
+/** What happens to the cluster, in order, and the number of pods after it. */
 const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
   [
     ["pods start", 4, async (world) => {
@@ -179,16 +179,16 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       await world.kubernetes.install({ cniVersion: world.cniVersion });
       await world.apply(deployment("node1"), deployment("node2"));
       for (const { name } of nodes) await world.scale(name, 2);
-      // No rule of a real kube-proxy looks like one that drops.
+      // --check finds no problem with the rules of a real kube-proxy.
       for (const node of nodes) await node.sh(`${SETUP} && ${SETUP} --check`);
     }],
-    ["a kubelet is killed and started", 5, async (world) => {
+    ["a kubelet is killed and restarted", 5, async (world) => {
       const { node2 } = world.kubernetes;
       await node2.kill("kubelet");
       await world.scale("node2", 3);
       await node2.start("kubelet");
     }],
-    ["containerd is killed and started", 4, async (world) => {
+    ["containerd is killed and restarted", 4, async (world) => {
       const { node2 } = world.kubernetes;
       await node2.runtimes.killContainerd();
       await world.scale("node2", 2);
@@ -223,7 +223,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
         await world.ready(15);
       });
     }],
-    ["and has its range again", 4, async (world) => {
+    ["the node gets its pod CIDR back", 4, async (world) => {
       const { node2 } = world.kubernetes;
       await world.kubectl("delete deployment more");
       await world.scale("node2", 0);
@@ -239,7 +239,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       );
       await world.kubectl("delete pod crashing");
     }],
-    ["a sandbox ends, and comes again", 4, async (world) => {
+    ["a sandbox ends and is restarted", 4, async (world) => {
       const { runtimes } = world.kubernetes.node2;
       const { items } = await runtimes.cri("ListPodSandbox", {
         filter: { label_selector: { app: "node2" }, state: { state: 0 } },
@@ -252,7 +252,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       await world.scale("node2", 10);
       for (let i = 0; i < 10; i++) await world.configure(node2);
     }],
-    ["a conf is broken in between", 12, async (world) => {
+    ["a conf is broken for a while", 12, async (world) => {
       const { node2 } = world.kubernetes;
       await world.withConf({ podcidr: "10.240.0.0/33" }, async () => {
         await world.kubectl("delete pod -l app=node2 --wait=false");
@@ -263,7 +263,7 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
       await world.kubectl("delete pod -l app=node2 --wait=false");
       await world.configure(node2);
     }],
-    ["the README quotes what is said", 4, async (world) => {
+    ["the messages are those in the README", 4, async (world) => {
       const { node2 } = world.kubernetes;
       await world.scale("node2", 1);
       await world.ready(3);
@@ -291,8 +291,8 @@ const FAULTS: [what: string, pods: number, run: (w: World) => Promise<void>][] =
 
 for (const cniVersion of ["0.3.1", "1.0.0"]) {
   Deno.test({
-    name: `a real Kubernetes harms no pod, with CNI ${cniVersion}`,
-    // What is left open is the client's; it ends with the nodes.
+    name: `pods survive a real Kubernetes, with CNI ${cniVersion}`,
+    // The client leaves some resources open, which end with the nodes.
     sanitizeOps: false,
     sanitizeResources: false,
     fn: async (t) => {

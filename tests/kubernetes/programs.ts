@@ -1,9 +1,9 @@
 /**
- * Makes the programs of Kubernetes 1.20.2, the last one whose source is whole
- * in a release of Debian, in vendor/deb/kubernetes/, laid out as packages would
- * be: etcd and kubectl are packages there, the rest is built by that release's
- * Go. The machine stays as it is. A second run finds the work done, one after
- * an interruption goes on.
+ * Puts the programs of Kubernetes 1.20.2 into vendor/deb/kubernetes/, laid out
+ * like a package. It is the last version whose source is complete in a release
+ * of Debian. etcd and kubectl come from packages, and that release's Go builds
+ * the rest. The machine stays as it is. A second run finds the work done, and
+ * one after an interruption continues it.
  *
  *     deno run -A tests/kubernetes/programs.ts
  *
@@ -15,7 +15,7 @@ import { exists } from "@std/fs/exists";
 import * as packages from "../setup/debian.ts";
 import { APT, DEBS, sh } from "../setup/debian.ts";
 
-/** The release, and what is taken from it. */
+/** The release, and the programs. */
 const RELEASE = "bookworm";
 const PACKAGED = { etcd: "etcd-server", kubectl: "kubernetes-client" };
 const BUILT = [
@@ -24,7 +24,7 @@ const BUILT = [
 ];
 const VERSION = "v1.20.2";
 
-/** Where the programs end up, and where they are made. */
+/** Where the programs end up, and where they are built. */
 const BIN = `${DEBS}/kubernetes/usr/bin`;
 const BUILD = `${DEBS}/kubernetes.build`;
 /** Before modules, Go found a program's packages by their path under GOPATH. */
@@ -40,15 +40,15 @@ const GO = {
   CGO_ENABLED: "0",
 };
 
-/** Go's line for one program: no cloud's code, no Docker's, no symbols. */
+/** Builds one program, without clouds, Docker and symbols. */
 const goBuild = (name: string, folder: string) =>
   `cd ${TREE} && $GOROOT/bin/go build -tags "providerless dockerless" \
   -ldflags "-s -w -X ${COMPONENT}/version.gitVersion=${VERSION}" \
   -o ${BUILD}/${name} ${folder}`;
 
 /**
- * The one file that Debian's tree lacks: the API's description of itself, out
- * of all packages that are marked for it.
+ * Generates the one file that Debian's tree lacks: the description of the API,
+ * from all packages that are marked for it.
  */
 const OPENAPI = `${
   goBuild("openapi-gen", "./vendor/k8s.io/kube-openapi/cmd/openapi-gen")
@@ -64,7 +64,7 @@ PATH=$GOROOT/bin:$PATH ${BUILD}/openapi-gen -i $packages \
   --go-header-file hack/boilerplate/boilerplate.generatego.txt \
   -r ${BUILD}/violations --output-base ${BUILD}/src`;
 
-/** Runs a shell line, in silence unless it fails. */
+/** Runs a shell line, silently unless it fails. */
 async function quietly(line: string): Promise<void> {
   const { success, stderr } = await new Deno.Command("sh", {
     ...{ args: ["-ec", line], env: GO },
@@ -73,10 +73,10 @@ async function quietly(line: string): Promise<void> {
   throw new Error(`${line}\n${new TextDecoder().decode(stderr)}`);
 }
 
-/** Builds a program, and says what it took. */
+/** Builds a program, and prints its time and size. */
 async function build(name: string): Promise<void> {
   const start = Date.now();
-  await Deno.stdout.write(new TextEncoder().encode(`${name} is built … `));
+  await Deno.stdout.write(new TextEncoder().encode(`Building ${name} … `));
   if (name === "kube-apiserver") await quietly(OPENAPI);
   await quietly(goBuild(name, `./cmd/${name}`));
   const { size } = await Deno.stat(`${BUILD}/${name}`);
@@ -85,10 +85,10 @@ async function build(name: string): Promise<void> {
   console.log(`${seconds} s, ${Math.round(size / 1e6)} MB`);
 }
 
-/** Fetches the two packages, and of them only the two programs. */
+/** Fetches the two packages, and keeps only their programs. */
 async function fetchPackaged(env: Record<string, string>): Promise<void> {
   const folder = `${BUILD}/packages`;
-  await emptyDir(folder); // what was interrupted
+  await emptyDir(folder); // an earlier run may have been interrupted
   const names = Object.values(PACKAGED).join(" ");
   await packages.unpack(folder, names, RELEASE, env);
   for (const name of Object.keys(PACKAGED)) {
@@ -96,7 +96,7 @@ async function fetchPackaged(env: Record<string, string>): Promise<void> {
   }
 }
 
-/** Fetches Go and the source, and lays them out for a build. */
+/** Fetches Go and the source. */
 async function fetchSource(env: Record<string, string>): Promise<void> {
   const go = `${BUILD}/go`;
   await emptyDir(go);

@@ -1,7 +1,7 @@
 /**
- * A registry for the images of pods.yaml, which runs on the lab's router, so
- * that the file is applied as it is. In both there is busybox; this nginx says
- * whose request it answers.
+ * A registry for the images of pods.yaml, on the lab's router, so that you can
+ * apply the file unchanged. Both images are busybox. This nginx says whose
+ * request it answers.
  *
  *     deno run -A tests/kubernetes/registry.ts
  *
@@ -14,17 +14,17 @@ printf '#!/bin/sh\\necho; echo "%s sees $REMOTE_ADDR"\\n' $(hostname) \
   > index.cgi
 chmod +x index.cgi && exec httpd -f -p 0.0.0.0:80 -h /www`;
 
-/** The images, and what a container of each runs unless it is told. */
+/** The images, and each one's default command. */
 const COMMANDS = { nginx: ["sh", "-c", SERVE], alpine: ["sh"] };
 
-/** How Docker's registries name the parts of an image. */
+/** The media types of Docker's registries. */
 const TYPE = "application/vnd.docker";
 const MANIFEST = `${TYPE}.distribution.manifest.v2+json`;
 
-/** What is served: the manifests by name, and all by its digest. */
+/** The content: manifests by name, and everything by digest. */
 const content = new Map<string, { mediaType: string; bytes: BodyInit }>();
 
-/** Adds a part, and returns what refers to it. */
+/** Adds a part of an image, and returns a reference to it. */
 async function add(mediaType: string, bytes: Uint8Array<ArrayBuffer>) {
   const sha256 = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   const digest = `sha256:${sha256.toHex()}`;

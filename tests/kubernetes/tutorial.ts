@@ -1,6 +1,6 @@
 /**
  * The tutorial on a real Kubernetes, step by step: what fails before a command
- * works after it. Every line that follows a prompt was run, every output is
+ * works after it. It runs every line that follows a prompt, and every output is
  * real.
  *
  *     deno task kubernetes
@@ -25,12 +25,12 @@ const HELP =
 
   --step N   stop after step N (1 to 6)
   --keep     leave the cluster standing at the end, until Ctrl-C
-  --quiet    one line a step
-  --help     this text`;
+  --quiet    print one line a step
+  --help     print this`;
 
 type Wish = "works" | "fails";
 
-/** The cluster, its pods' addresses once they are known, and what it took. */
+/** The cluster, its pods' addresses, and figures for the last line. */
 interface World {
   kubernetes: Kubernetes;
   started: number;
@@ -52,7 +52,7 @@ async function type(
   return stdout + stderr;
 }
 
-/** A request from a pod, or from a node, that must work, or fail. */
+/** Requests a page from a pod or a node; it must work or fail, as wished. */
 async function request(
   { node1, nodes }: Kubernetes,
   from: string,
@@ -66,7 +66,7 @@ async function request(
     : type(node1, `kubectl exec ${from} -- timeout 2 ${wget}`, wish));
 }
 
-/** Seconds, since then, for a reader. */
+/** The seconds since a time, as text. */
 const since = (then: number) => `${((Date.now() - then) / 1000).toFixed(0)} s`;
 
 const STEPS: Step<World>[] = [
@@ -78,12 +78,12 @@ const STEPS: Step<World>[] = [
   { title: "A Service: kube-proxy rewrites, pods answer", run: service },
 ];
 
-/** Step 1: what the kubelet waits for. */
+/** Step 1: what a kubelet waits for. */
 async function nodes({ kubernetes, started, figures }: World): Promise<void> {
   const { node1, node2 } = kubernetes;
   say(`
-The control plane is on node1, and on both nodes there are a containerd, a
-kubelet and a kube-proxy. The kubelets have registered their nodes, and wait.`);
+node1 has the control plane. Both nodes have containerd, a kubelet and a
+kube-proxy. The kubelets have registered their nodes, and wait for a network.`);
   const before = await type(node1, "kubectl get nodes");
   expect(before.match(/NotReady/g)?.length === 2, "both nodes are not ready");
   const words = await type(
@@ -92,8 +92,8 @@ kubelet and a kube-proxy. The kubelets have registered their nodes, and wait.`);
   );
   expect(words.includes("cni plugin not initialized"), "the kubelet waits");
   say(`
-The plugin and its conf, on each node, as the README has it. The podcidr is the
-range that Kubernetes gave to the node.`);
+Install the plugin and its conf on each node, as in the README. The podcidr is
+the pod CIDR that Kubernetes gave to the node.`);
   const columns = "custom-columns=NAME:.metadata.name,CIDR:.spec.podCIDR";
   await type(node1, `kubectl get nodes -o ${columns}`);
   for (
@@ -106,8 +106,8 @@ range that Kubernetes gave to the node.`);
     await type(node, `${INSTALL}\n${copy}`);
   }
   say(`
-containerd sees the files within seconds, and a kubelet tells every ten seconds
-how its node is.`);
+containerd sees the files within seconds. A kubelet reports the state of its
+node every ten seconds.`);
   const ready = "kubectl wait --for=condition=Ready node --all --timeout=60s";
   await type(node1, ready);
   figures.push(`${since(started)} from nothing to ready nodes`);
@@ -119,8 +119,8 @@ how its node is.`);
 async function pods({ kubernetes, addresses, figures }: World): Promise<void> {
   const { node1, node2 } = kubernetes;
   say(`
-There are no pods yet. Those of pods.yaml come from a registry on the router: by
-these names it has busybox, and an nginx that says whose request it answers.`);
+There are no pods yet. A registry on the router has the images of pods.yaml:
+both are busybox, and this nginx says whose request it answers.`);
   await type(node1, "kubectl exec alpine1 -- true", "fails");
   const started = Date.now();
   await type(node1, "kubectl apply -f pods.yaml");
@@ -133,17 +133,17 @@ these names it has busybox, and an nginx that says whose request it answers.`);
     const { stdout } = await kubernetes.kubectl(`get pod ${name} ${path}`);
     addresses[name] = stdout;
   }
-  // Which of node2's two pods is first is left to the kubelet.
+  // The kubelet chooses which of node2's two pods is first.
   const expected = ["10.240.0.2", "10.240.0.3", "10.240.1.2"];
   const given = Object.values(addresses).sort();
   expect(`${given}` === `${expected}`, `the addresses are ${expected}`);
   say(`
-The kubelet asked containerd for them, and containerd the plugin, which has a
-line for each in its log.`);
+The kubelet called containerd for each pod, and containerd called the plugin.
+The plugin's log has a line for each call.`);
   await type(node2, "cat /var/log/cni.log");
 }
 
-/** Asks all three from alpine1, and tells which of them answer. */
+/** Sends requests from alpine1; each must work or fail, as wished. */
 async function ask(
   { kubernetes, addresses: { nginx1, nginx2 } }: World,
   ...wishes: [nginx1: Wish, nginx2: Wish, internet: Wish]
@@ -161,23 +161,23 @@ async function setup({ kubernetes }: World, flags = ""): Promise<void> {
 /** Step 3: why a bridge alone is not enough. */
 async function sameNode(world: World): Promise<void> {
   say(`
-alpine1 asks nginx1 on its own node, nginx2 on the other, and the internet, for
-which ${INTERNET} stands. FORWARD drops all of it, also between two pods on one
-bridge: the rules that kube-proxy has added accept only what is its own.`);
+alpine1 calls nginx1 on its own node, nginx2 on the other one, and the internet:
+${INTERNET} stands for it. FORWARD drops everything, even between two pods on
+one bridge. The rules of kube-proxy accept only its own packets.`);
   await type(world.kubernetes.node2, "iptables -S FORWARD");
   await ask(world, "fails", "fails", "fails");
   say(`
-Two rules on each node let pass what comes from its pods and what goes to them.
-Kubernetes knows all nodes, their addresses and their ranges, so node-setup.ts
-need not be told.`);
+Two rules on each node accept what comes from its pods and what goes to them.
+node-setup.ts learns from Kubernetes all nodes, their addresses and their pod
+CIDRs.`);
   await setup(world, " --only forward");
   await ask(world, "works", "fails", "fails");
 }
 
-/** Step 4: who knows where the other node's pods are. */
+/** Step 4: how a node finds the other node's pods. */
 async function acrossNodes(world: World): Promise<void> {
   say(`
-nginx1 answers. Now each node learns where the other's pods are.`);
+nginx1 answers. Now each node gets a route to the other one's pods.`);
   await setup(world, " --only routes");
   await ask(world, "works", "works", "fails");
 }
@@ -185,13 +185,14 @@ nginx1 answers. Now each node learns where the other's pods are.`);
 /** Step 5: a source that the internet can answer. */
 async function internet(world: World): Promise<void> {
   say(`
-nginx2 answers as well. The internet has no way back to a pod's address, so the
-node's takes its place. This is all of node-setup.ts, as an operator runs it.`);
+nginx2 answers too. The internet has no route back to a pod's address, so the
+node's address replaces it. This is all of node-setup.ts, as you run it on a
+real node.`);
   await setup(world);
   await ask(world, "works", "works", "works");
 }
 
-/** Step 6: an address that is no host's. */
+/** Step 6: an address that no host has. */
 async function service({ kubernetes, addresses }: World): Promise<void> {
   const { node1, node2 } = kubernetes;
   const expose = "kubectl expose pod nginx2 --name=nginx2 --port=8000 " +
@@ -212,9 +213,9 @@ A Service finds its pods by their labels, and nginx2 has none yet.`);
     await until(`kube-proxy of ${node.name} knows nginx2`, isThere);
   }
   say(`
-On both nodes kube-proxy has written rules that turn that address and its port
-8000 into nginx2's own and port 80. Nothing else is needed: pods and nodes reach
-it, and so does nginx2 itself.`);
+On both nodes kube-proxy has written rules that replace that address and port
+8000 with nginx2's address and port 80. Nothing else is needed: pods and nodes
+reach it, and even nginx2 itself does.`);
   for (const from of ["alpine1", "nginx1", "nginx2", "node1", "node2"]) {
     const seen = await request(kubernetes, from, `${ip}:8000`);
     expect(seen.startsWith("nginx2"), `${from} reaches nginx2`);
@@ -223,10 +224,10 @@ it, and so does nginx2 itself.`);
   expect(rules.includes(ip), "KUBE-SERVICES has the Service");
 }
 
-/** The end: what was set up is taken back, and nothing is left. */
+/** The end: the pods and the rules are removed, and nothing is left. */
 async function end({ kubernetes }: World): Promise<void> {
   const { node1, node2, nodes } = kubernetes;
-  say("\nThe pods end: the kubelet has them stopped, containerd calls DEL.");
+  say("\nThe pods end: the kubelet stops them, and containerd calls DEL.");
   await type(node1, "kubectl delete pod --all --grace-period=1");
   for (const node of nodes) {
     await until(
@@ -240,7 +241,7 @@ async function end({ kubernetes }: World): Promise<void> {
   await setup({ kubernetes } as World, " --delete");
 }
 
-/** How much memory all processes of the cluster have, each page once. */
+/** The memory of all processes of the cluster. Each page counts once. */
 async function memory({ nodes }: Kubernetes): Promise<string> {
   const add =
     "cat /proc/[0-9]*/smaps_rollup | awk '/^Pss:/ {s += $2} END {print s}'";
@@ -249,14 +250,14 @@ async function memory({ nodes }: Kubernetes): Promise<string> {
   return `${Math.round(sum / 1024)} MiB of memory`;
 }
 
-/** How long the plugin took for each ADD, as its log has it. */
+/** How long each ADD took, from the plugin's log. */
 async function durations({ nodes }: Kubernetes): Promise<string> {
   const find = `grep ' ADD ' /var/log/cni.log | grep -oE '[0-9]+ ms' || :`;
   const found = await Promise.all(nodes.map((node) => node.sh(find)));
   return `ADD ${found.flatMap((lines) => lines.split("\n")).join(", ")}`;
 }
 
-/** Leaves the cluster standing until Ctrl-C, and tells how to get in. */
+/** Keeps the cluster until Ctrl-C, and prints how to get in. */
 async function keep({ kubernetes }: World): Promise<void> {
   console.log("\nThe cluster stays. From another terminal, as root:\n");
   for (const { name, runtimes } of kubernetes.nodes) {
@@ -267,7 +268,7 @@ async function keep({ kubernetes }: World): Promise<void> {
   const { router } = kubernetes.lab;
   console.log(`  router   ${router.enter("/run/shell").join(" ")}`);
   console.log(`
-In the nodes there is kubectl, and with it a shell in a pod:
+The nodes have kubectl, which also opens a shell in a pod:
 
   kubectl get pods -o wide
   kubectl exec -it alpine1 -- sh`);

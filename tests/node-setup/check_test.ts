@@ -1,6 +1,6 @@
 /**
- * node-setup.ts --check: what an operator can't see, each by its symptom. The
- * node has a peer behind its NIC, and the packets are real.
+ * node-setup.ts --check: problems that an operator can't see, by their symptom.
+ * The node has a peer behind its NIC, and the packets are real.
  *
  * @module
  */
@@ -11,7 +11,7 @@ import { ROOT } from "../setup/root.ts";
 const PEER = ["--peer", "10.0.2.14"];
 const FOLDER = "/etc/cni/net.d";
 
-/** node2 and its peer node1, as the tutorial leaves them, with a pod each. */
+/** node2 and its peer node1 after the tutorial, each with a pod. */
 class World {
   private constructor(
     readonly node: Node,
@@ -46,31 +46,31 @@ class World {
   }
 }
 
-/** What is wrong, with the commands that mend it or show more. */
-interface Trouble {
+/** What is wrong, and the commands that fix it or show more. */
+interface Problem {
   message: string;
   commands: string[];
 }
 
-/** What --check tells of troubles, on a node with a peer or without. */
-async function check(node: Node, ...flags: string[]): Promise<Trouble[]> {
+/** The problems that --check finds, on a node with a peer or without. */
+async function check(node: Node, ...flags: string[]): Promise<Problem[]> {
   const words = [...NODE_SETUP, "--check", ...flags];
   const { code, stdout, stderr } = await node.run(...words);
   assertMatch(stdout, /^((ok {3}.+|BAD {2}.+(\n {5}.+)*)\n)+$/, stderr);
-  const troubles = Array.from(
+  const problems = Array.from(
     stdout.matchAll(/^BAD {2}(.*)\n((?: {5}.*\n)*)/gm),
     ([, message, lines]) => ({
       message,
       commands: lines.trim().split(/\n */),
     }),
   );
-  assertEquals(code, troubles.length > 0 ? 1 : 0, stdout);
-  return troubles;
+  assertEquals(code, problems.length > 0 ? 1 : 0, stdout);
+  return problems;
 }
 
-const messages = (troubles: Trouble[]) => troubles.map((it) => it.message);
+const messages = (problems: Problem[]) => problems.map((it) => it.message);
 
-/** All that a check or a run may change, but for the counter. */
+/** All that node-setup.ts could change, except the counter. */
 function everything(node: Node): Promise<string> {
   return node.sh(`iptables-save; iptables-legacy-save; nft list ruleset
     ip rule; ip route show table all; ip -o addr; ip -d -o link; ip netns
@@ -79,14 +79,14 @@ function everything(node: Node): Promise<string> {
     find /run /etc/cni /opt -xdev ! -path '*/.custom-cni/*'`);
 }
 
-/** A listing without what passes by itself: counters, and what IPv6 tries. */
+/** A listing without what changes by itself: counters, and IPv6's attempts. */
 const settled = (text: string) =>
   text.replaceAll(/^#.*$/gm, "")
     .replaceAll(/\[\d+:\d+\]|packets \d+ bytes \d+| tentative/g, "")
     .replaceAll(/_timer +[\d.]+/g, "")
     .replaceAll(/^.* (fe80|ff00)::.*$\n/gm, "");
 
-Deno.test("a node that is well has no trouble, and none is made", async () => {
+Deno.test("--check finds nothing and changes nothing on a node that is well", async () => {
   await using world = await World.start();
   const { node } = world;
   const before = settled(await everything(node));
@@ -98,7 +98,7 @@ Deno.test("a node that is well has no trouble, and none is made", async () => {
 
 Deno.test("a namespace lives on after its pod: /run/netns is mounted twice", async () => {
   await using node = await Node.start("node2", CONF);
-  // The runtime's namespace, as one makes it that does not call `ip netns`.
+  // The namespace of a runtime that does not call `ip netns`.
   await node.sh("mkdir /run/netns; touch /run/netns/cni-1; sync");
   await node.sh("unshare --net=/run/netns/cni-1 true");
   const mounts = () => node.sh("cut -d' ' -f2,3 /proc/mounts");
@@ -107,7 +107,7 @@ Deno.test("a namespace lives on after its pod: /run/netns is mounted twice", asy
   assertEquals(await mounts(), before);
 });
 
-Deno.test("--check --dry-run looks, and starts no pod", async () => {
+Deno.test("--check --dry-run starts no pod", async () => {
   await using world = await World.start();
   const { node } = world;
   const { code, stdout } = await node.run(
@@ -123,12 +123,12 @@ Deno.test("--check --dry-run looks, and starts no pod", async () => {
   assertMatch(bad, /^BAD {2}FORWARD lacks a rule/m);
 });
 
-/** A trouble that a command of the tutorial mends. */
+/** A problem that a printed command fixes. */
 interface Missing {
   symptom: string;
   fault: string;
   says: RegExp;
-  mend: RegExp;
+  fix: RegExp;
 }
 
 const MISSING: Missing[] = [
@@ -136,108 +136,108 @@ const MISSING: Missing[] = [
     symptom: "pods reach no other network: ip_forward is off",
     fault: "sysctl -qw net.ipv4.ip_forward=0",
     says: /forwards no packets/,
-    mend: /^sysctl -w net\.ipv4\.ip_forward=1$/,
+    fix: /^sysctl -w net\.ipv4\.ip_forward=1$/,
   },
   {
     symptom:
       "a Service is dead on its own node: bridged packets bypass iptables",
     fault: "sysctl -qw net.bridge.bridge-nf-call-iptables=0",
     says: /a Service is dead on its own node/,
-    mend: /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/,
+    fix: /^sysctl -w net\.bridge\.bridge-nf-call-iptables=1$/,
   },
   {
-    symptom: "a firewall reload took a rule away",
+    symptom: "a firewall reload removed a rule",
     fault: "iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT",
     says: /FORWARD lacks a rule/,
-    mend: /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
+    fix: /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
   },
   {
     symptom: "the internet never answers: MASQUERADE is gone",
     fault: "iptables -t nat -F POSTROUTING",
-    says: /nobody can answer/,
-    mend: /MASQUERADE$/,
+    says: /Nobody on the internet can answer/,
+    fix: /MASQUERADE$/,
   },
   {
-    symptom: "a link down and up took the route to a peer's pods away",
+    symptom: "a link that went down and up lost the route to a peer's pods",
     fault: "ip route del 10.240.1.0/24",
     says: /have no route/,
-    mend: /^ip route add 10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s3$/,
+    fix: /^ip route add 10\.240\.1\.0\/24 via 10\.0\.2\.14 dev enp0s3$/,
   },
   {
-    symptom: "the same where FORWARD drops what no rule accepts",
+    symptom: "a firewall reload removed a rule, and FORWARD drops the rest",
     fault: `iptables -P FORWARD DROP
       iptables -D FORWARD -d 10.240.0.0/24 -j ACCEPT`,
     says: /FORWARD lacks a rule/,
-    mend: /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
+    fix: /^iptables -A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT$/,
   },
   {
     symptom: "cni0 is down",
     fault: "ip link set cni0 down",
     says: /^cni0 is down$/,
-    mend: /^ip link set cni0 up$/,
+    fix: /^ip link set cni0 up$/,
   },
   {
     symptom: "cni0 lost its address",
     fault: "ip addr flush dev cni0",
     says: /^cni0 lacks 10\.240\.0\.1\/24$/,
-    mend: /^ip addr add 10\.240\.0\.1\/24 dev cni0$/,
+    fix: /^ip addr add 10\.240\.0\.1\/24 dev cni0$/,
   },
   {
     symptom: "the node's own route to its pods is gone",
     fault: "ip route del 10.240.0.0/24",
     says: /no route to its pods/,
-    mend: /^ip route add 10\.240\.0\.0\/24 dev cni0 src 10\.240\.0\.1$/,
+    fix: /^ip route add 10\.240\.0\.0\/24 dev cni0 src 10\.240\.0\.1$/,
   },
   {
     symptom: "a pod's veth was taken off the bridge",
     fault: "ip link set $veth nomaster",
     says: /^veth2 is not on cni0: the pod 10\.240\.0\.2 is cut off$/,
-    mend: /^ip link set veth2 master cni0 up$/,
+    fix: /^ip link set veth2 master cni0 up$/,
   },
   {
     symptom: "a pod's veth is down",
     fault: "ip link set $veth down",
     says: /^veth2 is down: the pod 10\.240\.0\.2 is cut off$/,
-    mend: /^ip link set veth2 up$/,
+    fix: /^ip link set veth2 up$/,
   },
   {
     symptom: "a pod's veth was renamed",
     fault: "ip link set $veth down name lan7; ip link set lan7 up",
     says: /^lan7 was veth2: another pod may get 10\.240\.0\.2 too$/,
-    mend: /^ip link set lan7 down name veth2$/,
+    fix: /^ip link set lan7 down name veth2$/,
   },
   {
     symptom: "a new pod waits for half a minute: STP",
     fault: "ip link set cni0 type bridge stp_state 1",
     says: /STP/,
-    mend: /^ip link set cni0 type bridge stp_state 0$/,
+    fix: /^ip link set cni0 type bridge stp_state 0$/,
   },
 ];
 
-for (const { symptom, fault, says, mend } of MISSING) {
+for (const { symptom, fault, says, fix } of MISSING) {
   Deno.test(symptom, async () => {
     await using world = await World.start();
     const { node, veth } = world;
     await node.sh(`veth=${veth}; ${fault}`);
     const [first] = await check(node, ...PEER);
     assertMatch(first.message, says);
-    assertMatch(first.commands[0], mend);
-    // What is to be pasted does mend it. An ADD of the check may have as well.
+    assertMatch(first.commands[0], fix);
+    // Pasting the commands fixes it. The check's own ADD may have done so.
     await node.sh(`${first.commands.join("\n")} || true`);
     assertEquals(await check(node, ...PEER), []);
     await node.sh("ping -c1 -W5 10.240.0.2");
   });
 }
 
-/** A trouble that only packets see. */
+/** A problem that only packets find. */
 interface Dead {
   symptom: string;
   fault: string;
-  /** It is the peer's. */
+  /** Whether the fault is on the peer. */
   isPeers?: boolean;
-  /** All that does not get through, by what is said of it. */
+  /** The message for each connection that fails. */
   dead: string[];
-  /** A command that is told, and what it shows. */
+  /** A printed command, and what it shows. */
   look: [command: string, shows: RegExp];
 }
 
@@ -246,7 +246,7 @@ const OTHER = "A pod does not reach another pod of this node";
 const FROM_NODE = "The node does not reach a pod";
 const NODE1 = "A pod does not reach the node 10.0.2.14";
 const ITS_PODS =
-  "A pod does not reach 10.240.1.1, which 10.0.2.14 has from its first pod on";
+  "A pod does not reach 10.240.1.1, which 10.0.2.14 gets with its first pod";
 
 const DEAD: Dead[] = [
   {
@@ -256,7 +256,8 @@ const DEAD: Dead[] = [
     look: ["iptables -nvL FORWARD", /DROP .*cni0 +cni0/],
   },
   {
-    symptom: "the same, and a reset looks like an answer",
+    symptom:
+      "pods of one node do not reach each other: a reset looks like an answer",
     fault:
       "iptables -I FORWARD -p tcp -i cni0 -o cni0 -j REJECT --reject-with tcp-reset",
     dead: [OTHER],
@@ -291,20 +292,20 @@ const DEAD: Dead[] = [
     look: ["iptables -nvL INPUT", /icmp-host-prohibited/],
   },
   {
-    symptom: "probes fail: OUTPUT rejects what the node says to pods",
+    symptom: "probes fail: OUTPUT rejects the node's calls to pods",
     fault:
       "iptables -A OUTPUT -d 10.240.0.0/24 -m conntrack --ctstate NEW -j REJECT",
     dead: [FROM_NODE],
     look: ["iptables -nvL OUTPUT", /REJECT .*10\.240\.0\.0\/24/],
   },
   {
-    symptom: "OUTPUT drops all that goes to pods",
+    symptom: "OUTPUT drops everything to pods",
     fault: "iptables -A OUTPUT -o cni0 -j DROP",
     dead: [GATEWAY, FROM_NODE],
     look: ["iptables -nvL OUTPUT", /DROP .*cni0/],
   },
   {
-    symptom: "forwarding is off for the NIC alone",
+    symptom: "forwarding is off only for the NIC",
     fault: "sysctl -qw net.ipv4.conf.enp0s3.forwarding=0",
     dead: [NODE1, ITS_PODS],
     look: [
@@ -313,7 +314,7 @@ const DEAD: Dead[] = [
     ],
   },
   {
-    symptom: "forwarding is off for cni0 alone",
+    symptom: "forwarding is off only for cni0",
     fault: "sysctl -qw net.ipv4.conf.cni0.forwarding=0",
     dead: [NODE1, ITS_PODS],
     look: [
@@ -322,7 +323,7 @@ const DEAD: Dead[] = [
     ],
   },
   {
-    symptom: "another firewall drops what is forwarded",
+    symptom: "another firewall drops forwarded packets",
     fault: `nft add table inet other
       nft add chain inet other late \
         '{ type filter hook forward priority 9; policy drop; }'`,
@@ -338,7 +339,7 @@ const DEAD: Dead[] = [
     look: ["nft list ruleset", /table bridge other/],
   },
   {
-    symptom: "a policy of iptables-legacy",
+    symptom: "iptables-legacy drops forwarded packets",
     fault: "iptables-legacy -P FORWARD DROP",
     dead: [OTHER, NODE1, ITS_PODS],
     look: ["iptables -nvL FORWARD", /legacy tables present/],
@@ -351,14 +352,14 @@ const DEAD: Dead[] = [
     look: ["ip route get 10.240.1.1", /No route to host/],
   },
   {
-    symptom: "a peer lets in nothing from other nodes",
+    symptom: "a peer drops everything from other nodes",
     fault: "iptables -A INPUT -i enp0s3 -j DROP",
     isPeers: true,
     dead: [NODE1, ITS_PODS],
     look: ["iptables -nvL FORWARD", /ACCEPT .*10\.240\.0\.0\/24/],
   },
   {
-    symptom: "a peer rejects what comes from other nodes",
+    symptom: "a peer rejects calls from other nodes",
     fault: "iptables -A INPUT -i enp0s3 -p tcp -j REJECT",
     isPeers: true,
     dead: [NODE1, ITS_PODS],
@@ -371,30 +372,30 @@ for (const { symptom, fault, isPeers, dead, look } of DEAD) {
     await using world = await World.start();
     const { node, peer } = world;
     await (isPeers ? peer : node).sh(fault);
-    const troubles = await check(node, ...PEER);
-    assertEquals(messages(troubles), dead);
+    const problems = await check(node, ...PEER);
+    assertEquals(messages(problems), dead);
     const [command, shows] = look;
-    const { commands } = troubles[0];
+    const { commands } = problems[0];
     assert(commands.includes(command), `${commands}`);
     assertMatch(await node.sh(`{ ${command}; } 2>&1 || true`), shows);
   });
 }
 
-Deno.test("older pods stay cut off after cni0 was deleted and made again", async () => {
+Deno.test("older pods stay cut off after cni0 was deleted and created again", async () => {
   await using world = await World.start();
   const { node } = world;
   await node.sh("ip link del cni0");
   await node.start("next");
-  const troubles = await check(node, ...PEER);
-  assertEquals(messages(troubles), [
+  const problems = await check(node, ...PEER);
+  assertEquals(messages(problems), [
     "veth2 is not on cni0: the pod 10.240.0.2 is cut off",
   ]);
-  await node.sh(troubles[0].commands.join("\n"));
+  await node.sh(problems[0].commands.join("\n"));
   assertEquals(await check(node, ...PEER), []);
   await node.sh("ping -c1 -W5 10.240.0.2");
 });
 
-Deno.test("before its first pod a node has no cni0, and no trouble", async () => {
+Deno.test("--check finds nothing if a node has had no pod and has no cni0", async () => {
   await using world = await World.start();
   const { node } = world;
   await node.sh("ip link del cni0; ip link del veth2");
@@ -406,19 +407,19 @@ Deno.test("large downloads hang: the NIC takes less than pods send", async () =>
   const { node } = world;
   await node.sh("ip link set enp0s3 mtu 1400");
   for (const flags of [[], PEER]) {
-    const [trouble, ...others] = await check(node, ...flags);
+    const [problem, ...others] = await check(node, ...flags);
     assertEquals(others, []);
-    assertMatch(trouble.message, /1500 bytes at once, too many for enp0s3$/);
-    assertMatch(trouble.commands[0], /^"mtu": 1400/);
+    assertMatch(problem.message, /1500 bytes at once, too many for enp0s3$/);
+    assertMatch(problem.commands[0], /^"mtu": 1400/);
   }
   await node.configure({ ...CONF, mtu: 1400 });
   assertEquals(await check(node), []);
-  // Only the way to the others counts.
+  // Only devices on the way to other nodes count.
   await node.sh("ip link add thin0 mtu 1300 up type veth");
   assertEquals(await check(node), []);
 });
 
-Deno.test("no pod starts: the plugin is missing, cut off, or may not run", async () => {
+Deno.test("no pod starts: the plugin is missing, truncated or not executable", async () => {
   await using world = await World.start();
   const { node } = world;
   const file = "/opt/cni/bin/custom-cni";
@@ -426,12 +427,12 @@ Deno.test("no pod starts: the plugin is missing, cut off, or may not run", async
   assertEquals(await check(node), []);
   for (const fault of ["truncate -s 9M", "chmod -x", "rm"]) {
     await node.sh(`${fault} ${file}`);
-    const [trouble, ...others] = await check(node);
+    const [problem, ...others] = await check(node);
     assertEquals(others, []);
     const says = /^A pod gets no network: .*custom-cni does not start/;
-    assertMatch(trouble.message, says);
-    // The mend, from the repository's folder.
-    await node.sh(`cd ${ROOT}; ${trouble.commands.at(-1)}`);
+    assertMatch(problem.message, says);
+    // The fix, from the repository's folder.
+    await node.sh(`cd ${ROOT}; ${problem.commands.at(-1)}`);
     assertEquals(await check(node), []);
   }
 });
@@ -441,20 +442,20 @@ Deno.test("no pod starts: the node is full", async () => {
   const { node } = world;
   await node.configure({ ...CONF, podcidr: "10.9.0.0/30" });
   await node.sh(`${NODE_SETUP.join(" ")} --only forward --only masquerade`);
-  const trouble = (await check(node)).at(-1)!;
-  assertMatch(trouble.message, /No free address in 10\.9\.0\.0\/30/);
-  assertMatch(trouble.commands[0], /a pod must end first/);
+  const problem = (await check(node)).at(-1)!;
+  assertMatch(problem.message, /No free address in 10\.9\.0\.0\/30/);
+  assertMatch(problem.commands[0], /a pod must end first/);
 });
 
 const CONF_OF_OTHERS = { cniVersion: "1.0.0", name: "other", type: "bridge" };
 const LIST = { cniVersion: "1.0.0", name: "pods" };
 const OURS = { type: "custom-cni", podcidr: "10.240.0.0/24" };
 
-/** Files by name, and what is said where no runtime or ADD takes them. */
+/** Files by name, and what --check says if no runtime or ADD accepts them. */
 interface Conf {
   files: Record<string, unknown>;
   says?: RegExp;
-  mend?: RegExp;
+  fix?: RegExp;
 }
 
 const CONFS: Conf[] = [
@@ -462,26 +463,26 @@ const CONFS: Conf[] = [
   {
     files: { "1.conflist": { ...LIST, plugins: [OURS, { type: "portmap" }] } },
   },
-  { files: {}, says: /not initialized/, mend: /^cp 10-custom-cni\.conf/ },
-  { files: { "1.conflist": CONF }, says: /not for custom-cni/, mend: /^mv / },
+  { files: {}, says: /not initialized/, fix: /^cp 10-custom-cni\.conf/ },
+  { files: { "1.conflist": CONF }, says: /not for custom-cni/, fix: /^mv / },
   {
     files: { "1.conf": { ...LIST, plugins: [OURS] } },
     says: /not for custom-cni/,
-    mend: /^mv /,
+    fix: /^mv /,
   },
   {
     files: { "1.json": CONF_OF_OTHERS, "2.conf": CONF },
-    says: /1\.json comes first, and is not for custom-cni/,
-    mend: /^mv \S+1\.json/,
+    says: /1\.json comes first, but is not for custom-cni/,
+    fix: /^mv \S+1\.json/,
   },
-  { files: { "1.conf": "" }, says: /Cannot read "\S+1\.conf"/, mend: /^vi / },
-  { files: { "1.conf": "null" }, says: /Cannot read/, mend: /^vi / },
-  { files: { "1.conf": '{ "name": ' }, says: /Cannot read/, mend: /Syntax/ },
+  { files: { "1.conf": "" }, says: /Cannot read "\S+1\.conf"/, fix: /^vi / },
+  { files: { "1.conf": "null" }, says: /Cannot read/, fix: /^vi / },
+  { files: { "1.conf": '{ "name": ' }, says: /Cannot read/, fix: /Syntax/ },
   {
     files: { "1.conf": { ...CONF, podcidr: "10.0.0.1/24" } },
     says: /podcidr "10\.0\.0\.1\/24"/,
   },
-  // What follows, the ADD says in its own words.
+  // ADD reports the following ones in its own words.
   {
     files: { "1.conf": { ...CONF, name: undefined } },
     says: /name is missing/,
@@ -490,41 +491,41 @@ const CONFS: Conf[] = [
   { files: { "1.conf": { ...CONF, mtu: "1400" } }, says: /mtu "1400" must be/ },
 ];
 
-Deno.test("no pod starts, for a conf that no runtime or ADD takes", async () => {
+Deno.test("no pod starts: no runtime or ADD accepts the conf", async () => {
   await using world = await World.start();
   const { node } = world;
-  for (const { files, says, mend } of CONFS) {
+  for (const { files, says, fix } of CONFS) {
     await node.sh(`rm -rf ${FOLDER}/*`);
     for (const [name, conf] of Object.entries(files)) {
       const text = typeof conf === "string" ? conf : JSON.stringify(conf);
       await Deno.writeTextFile(node.path(`${FOLDER}/${name}`), text);
     }
-    const troubles = await check(node);
+    const problems = await check(node);
     if (!says) {
-      assertEquals(troubles, [], JSON.stringify(files));
+      assertEquals(problems, [], JSON.stringify(files));
       continue;
     }
-    assertEquals(troubles.length, 1, JSON.stringify(troubles));
-    const [trouble] = troubles;
-    assertMatch(trouble.message, says);
-    if (mend) assertMatch(trouble.commands[0], mend);
+    assertEquals(problems.length, 1, JSON.stringify(problems));
+    const [problem] = problems;
+    assertMatch(problem.message, says);
+    if (fix) assertMatch(problem.commands[0], fix);
   }
 });
 
-Deno.test("a stale cni0 has another prefix, or is no bridge", async () => {
+Deno.test("a stale cni0 has another prefix, or is not a bridge", async () => {
   await using world = await World.start();
   const { node } = world;
   await node.sh("ip link del veth2");
   for (const kind of ["bridge", "veth"]) {
     await node.sh(`ip link del cni0; ip link add cni0 up type ${kind}
       ip addr add 10.240.0.1/16 dev cni0`);
-    const troubles = await check(node, ...PEER);
-    const all = troubles.flatMap(({ commands }) => commands);
+    const problems = await check(node, ...PEER);
+    const all = problems.flatMap(({ commands }) => commands);
     assert(all.some((line) => line.includes("ip link del cni0")), kind);
   }
 });
 
-Deno.test("its pods end also when the check is interrupted", async () => {
+Deno.test("--check ends its pods even if it is interrupted", async () => {
   await using world = await World.start();
   const { node, peer } = world;
   // The peer answers nothing, so the check takes its two seconds.
@@ -550,7 +551,7 @@ Deno.test("its pods end also when the check is interrupted", async () => {
   }
 });
 
-Deno.test("iptables' own warning of legacy tables is shown", async () => {
+Deno.test("node-setup.ts shows iptables' own warning about legacy tables", async () => {
   await using world = await World.start();
   const { node } = world;
   await node.sh("iptables-legacy -P FORWARD DROP");

@@ -1,4 +1,4 @@
-/** node-setup.ts on the real tables of nodes, and what it refuses. */
+/** What node-setup.ts does to the real tables of nodes, and what it refuses. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { join } from "@std/path/posix/join";
 import { CONF, Node, NODE_SETUP, type Output, run } from "../lab/node.ts";
@@ -9,7 +9,7 @@ const PATH = Deno.env.get("PATH")!;
 const PEER = "--peer 10.0.2.14";
 const THIRD = "--peer 10.0.2.16=10.240.2.0/24";
 
-/** A node as in the tutorial: node2, with a way to its peer. */
+/** A node as in the tutorial: node2, on its peer's network. */
 async function start(): Promise<Node> {
   const node = await Node.start("node2", CONF);
   await node.sh(`ip link add enp0s3 up type veth peer name unplugged
@@ -24,20 +24,20 @@ async function start(): Promise<Node> {
   return node;
 }
 
-/** Runs node-setup.ts on a node, with other programs first in the PATH. */
+/** Runs node-setup.ts on a node, with stand-ins first on the PATH. */
 function setup(node: Node, flags: string, stdin = ""): Promise<Output> {
   const words = [...NODE_SETUP, ...flags.split(" ").filter(Boolean)];
   return run(node.enter("env", `PATH=/opt/shims:${PATH}`, ...words), { stdin });
 }
 
-/** The same, where it must succeed. */
+/** The same; it must succeed. */
 async function succeed(node: Node, flags: string, stdin = ""): Promise<string> {
   const { code, stdout, stderr } = await setup(node, flags, stdin);
   assertEquals(code, 0, `${flags}: ${stderr}`);
   return stdout;
 }
 
-/** Puts a program of its name in front of the real one. */
+/** Puts a stand-in for a program first on the PATH. */
 async function shim(node: Node, name: string, script: string): Promise<void> {
   await node.sh("mkdir -p /opt/shims");
   const file = node.path(`/opt/shims/${name}`);
@@ -51,7 +51,7 @@ function tables(node: Node): Promise<string> {
     sysctl net.ipv4.ip_forward net.bridge.bridge-nf-call-iptables`);
 }
 
-/** What `kubectl get nodes -o json` prints of some nodes. */
+/** What `kubectl get nodes -o json` prints for some nodes. */
 function kubectl(...nodes: [name: string, ip: string, podCIDR?: string][]) {
   return JSON.stringify({
     items: nodes.map(([name, address, podCIDR]) => ({
@@ -62,7 +62,7 @@ function kubectl(...nodes: [name: string, ip: string, podCIDR?: string][]) {
   });
 }
 
-/** What the kernel of the tests has on already. */
+/** What is already on in the tests' kernel. */
 const BRIDGED = [
   "modprobe br_netfilter",
   "sysctl -w net.bridge.bridge-nf-call-iptables=1",
@@ -82,10 +82,10 @@ Deno.test("node-setup.ts prints and runs the tutorial's commands", async () => {
   const before = await tables(node);
   const printed = await succeed(node, PEER);
   const expected = COMMANDS.filter((line) => !BRIDGED.includes(line));
-  expected.push("# 5 new, 2 there already");
+  expected.push("# 5 new, 2 already there");
   assertEquals(printed.trim().split("\n"), expected);
   const after = await tables(node);
-  // What is printed does the same by hand.
+  // The printed commands do the same by hand.
   await succeed(node, `${PEER} --delete`);
   await node.sh("sysctl -qw net.ipv4.ip_forward=0");
   assertEquals(await tables(node), before);
@@ -110,7 +110,7 @@ const FLAGS: [flags: string, rule: RegExp][] = [
   ],
 ];
 
-Deno.test("node-setup.ts twice is once; --delete takes it back", async () => {
+Deno.test("a second run of node-setup.ts adds nothing; --delete removes it all", async () => {
   await using node = await start();
   await node.sh(`sysctl -qw net.ipv4.ip_forward=1
     echo '{ "podcidr": "10.240.1.0/24" }' > /etc/other`);
@@ -119,13 +119,13 @@ Deno.test("node-setup.ts twice is once; --delete takes it back", async () => {
     await succeed(node, flags);
     const once = await tables(node);
     assertMatch(once, rule, flags);
-    assertMatch(await succeed(node, flags), /^# 0 new, \d+ there already\n$/);
+    assertMatch(await succeed(node, flags), /^# 0 new, \d+ already there\n$/);
     assertEquals(await tables(node), once, flags);
     assertMatch(await succeed(node, `${flags} --delete`), /, 0 not there\n$/);
     assertEquals(await tables(node), before, flags);
   }
   const again = await succeed(node, `${PEER} --delete`);
-  assertEquals(again, "# 0 taken back, 4 not there\n");
+  assertEquals(again, "# 0 removed, 4 not there\n");
   assertEquals(await tables(node), before);
 });
 
@@ -144,7 +144,7 @@ Deno.test("node-setup.ts --keep-source lasts until --delete", async () => {
   assertEquals(await tables(node), before);
 });
 
-Deno.test("node-setup.ts --dry-run prints, and changes nothing", async () => {
+Deno.test("node-setup.ts --dry-run prints all commands and changes nothing", async () => {
   await using node = await start();
   const before = await tables(node);
   assertEquals(await succeed(node, `${PEER} --dry-run`), lines(COMMANDS));
@@ -165,7 +165,7 @@ Deno.test("node-setup.ts --dry-run prints, and changes nothing", async () => {
 
 const lines = (list: string[]) => list.join("\n") + "\n";
 
-Deno.test("node-setup.ts --help tells of each flag", async () => {
+Deno.test("node-setup.ts --help explains each flag", async () => {
   const { code, stdout } = await run([...NODE_SETUP, "--help"]);
   assertEquals(code, 0);
   for (
@@ -176,7 +176,7 @@ Deno.test("node-setup.ts --help tells of each flag", async () => {
   ) assertMatch(stdout, new RegExp(`^  --${flag}\\b`, "m"));
 });
 
-/** What is refused: the flags, the exit status, what the error says. */
+/** Refused flags, the exit status, and what the error says. */
 interface Refused {
   flags: string;
   code: number;
@@ -200,7 +200,7 @@ const USAGE: Refused[] = [
   { flags: `${PEER} --only nothing`, code: 2, says: /"nothing".*forward/s },
 ];
 
-/** What makes no sense, or what the kernel would take and should not. */
+/** What makes no sense, or what the kernel would accept and should not. */
 const SENSELESS: Refused[] = [
   { flags: "--peer 10.0.2.15", code: 1, says: /this node/ },
   { flags: "--peer 127.0.0.1", code: 1, says: /this node/ },
@@ -247,7 +247,7 @@ const SENSELESS: Refused[] = [
   { flags: "--nodes -", code: 1, says: /"\/dev\/stdin"/ },
 ];
 
-/** What the kernel refuses, in its own words behind the command. */
+/** What the kernel refuses. Its own words follow the command. */
 const BY_KERNEL: Refused[] = [
   "--peer 10.0.2.255", // the broadcast address
   "--peer 192.0.2.1", // behind a router
@@ -281,7 +281,7 @@ Deno.test("node-setup.ts changes nothing if it refuses", async () => {
   }
 });
 
-Deno.test("node-setup.ts tells who it is and what it needs", async () => {
+Deno.test("node-setup.ts says that it needs root, or which program is missing", async () => {
   await using node = await start();
   const before = await tables(node);
   const user = (flags: string) =>
@@ -308,7 +308,7 @@ Deno.test("node-setup.ts tells who it is and what it needs", async () => {
   assertEquals(await tables(node), before);
 });
 
-Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
+Deno.test("node-setup.ts does not touch others' routes to a peer's pods", async () => {
   await using node = await start();
   for (
     const route of [
@@ -321,7 +321,7 @@ Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
     const before = await tables(node);
     const { code, stderr } = await setup(node, PEER);
     assertEquals(code, 1);
-    // The kernel's own words, behind the command that it refused.
+    // The kernel's own words, after the command that it refused.
     const refused = "ip route add 10.240.1.0/24 via 10.0.2.14 dev enp0s3";
     assert(stderr.startsWith(`Error: ${refused}: `), stderr);
     assertMatch(stderr, /File exists/);
@@ -332,7 +332,7 @@ Deno.test("node-setup.ts leaves foreign routes to a peer's pods", async () => {
   }
 });
 
-/** Commands that fail, some after their work, and how a shim makes them. */
+/** Commands that fail, some after their work, and a stand-in's script. */
 const FAULTS: [command: string, script: string][] = [
   ["sysctl -w", '[ "$1" != -w ] || { sysctl "$@"; exit 1; }'],
   ["iptables -A FORWARD -d", 'case "$*" in *"-A FORWARD -d"*) exit 4;; esac'],
@@ -345,9 +345,9 @@ const FAULTS: [command: string, script: string][] = [
   ["ip route add", '[ "$2" != -batch ] || { ip "$@"; exit 1; }'],
 ];
 
-Deno.test("node-setup.ts takes all back if a command fails", async () => {
+Deno.test("node-setup.ts undoes everything if a command fails", async () => {
   await using node = await start();
-  // A part of it the node had already: that stays.
+  // The node already had this rule, so it stays.
   await node.sh("iptables -A FORWARD -s 10.240.0.0/24 -j ACCEPT");
   const before = await tables(node);
   for (const [command, script] of FAULTS) {
@@ -356,7 +356,7 @@ Deno.test("node-setup.ts takes all back if a command fails", async () => {
     const { code, stdout, stderr } = await setup(node, flags);
     assertEquals(code, 1, script);
     assert(stderr.startsWith(`Error: ${command}`), stderr);
-    // It stops at what failed.
+    // It stops at the failed command.
     assertMatch(stdout, /^sysctl.*# Failed/s, script);
     assert(!stdout.includes("MASQ") || script.includes("MASQ"), stdout);
     assertEquals(await tables(node), before, script);
@@ -436,18 +436,18 @@ Deno.test("node-setup.ts --nodes routes to 1,000 nodes by one ip", async () => {
     await shim(node, tool, `echo "${tool} $*" >> /opt/calls`);
   }
   const flags = "--nodes - --keep-source";
-  assertMatch(await succeed(node, flags, list), /# 2003 new, 3 there/);
+  assertMatch(await succeed(node, flags, list), /# 2003 new, 3 already/);
   assertEquals(await node.sh("ip route | grep -c via"), "1001");
   const once = await tables(node);
-  assertMatch(await succeed(node, flags, list), /# 0 new, 2006 there/);
+  assertMatch(await succeed(node, flags, list), /# 0 new, 2006 already/);
   assertEquals(await tables(node), once);
   await succeed(node, `${flags} --delete`, list);
   assertEquals(await tables(node), before);
   const calls = (await node.sh("cat /opt/calls")).split("\n");
-  // Each run asks for the ways; the first adds the routes, the last deletes.
+  // Each run asks for routes. The first one also adds them, the last deletes.
   const batches = calls.filter((call) => /^ip .*-batch/.test(call));
   assertEquals(batches.length, 5);
-  // And iptables waits for its turn.
+  // And iptables waits for the lock.
   const iptables = calls.filter((call) => call.startsWith("iptables "));
   assert(iptables.every((call) => call.startsWith("iptables -w -")));
   assert(iptables.length < 20, `${iptables.length} calls`);
@@ -483,7 +483,7 @@ Deno.test("node-setup.ts --nodes joins the pods of three nodes", async () => {
     return code === 0;
   };
   assert(!await reach(0, 1));
-  // Counts the requests that n2 gets with the address of n1's pod as source.
+  // Counts n2's requests that have the address of n1's pod as source.
   const rule = "-s 10.240.1.2/32 -p icmp -m icmp --icmp-type 8";
   await nodes[1].sh(`iptables -A FORWARD ${rule}`);
   const seen = () => nodes[1].sh(`iptables -vS FORWARD | grep -e '${rule}'`);
@@ -520,19 +520,19 @@ for (const { name, list, routes, skipped } of SHAPES) {
   });
 }
 
-Deno.test("node-setup.ts counts a route that networkd keeps", async () => {
+Deno.test("node-setup.ts accepts a route that networkd keeps", async () => {
   await using node = await start();
   const route = "10.240.1.0/24 via 10.0.2.14 dev enp0s3";
   for (const words of ["proto static metric 9", "src 10.0.2.15"]) {
     await node.sh(`ip route add ${route} ${words}`);
     assert(!(await succeed(node, PEER)).includes("ip route"), words);
-    // It is not ours to take back.
+    // It is not ours, so --delete leaves it.
     await succeed(node, `${PEER} --delete`);
     await node.sh(`ip route del ${route} ${words}`);
   }
 });
 
-Deno.test("node-setup.ts refuses a range that is not the list's", async () => {
+Deno.test("node-setup.ts refuses a pod CIDR that differs from the list's", async () => {
   await using node = await start();
   const list = kubectl(["node2", "10.0.2.15", "10.240.0.0/24"]);
   const ours = { ...CONF, podcidr: "10.240.7.0/24" };
@@ -552,7 +552,7 @@ Deno.test("node-setup.ts refuses a range that is not the list's", async () => {
   }
 });
 
-Deno.test("after a reboot the README's unit brings all back", async () => {
+Deno.test("the README's unit restores everything after a reboot", async () => {
   await using node = await start();
   await succeed(node, PEER);
   const before = await tables(node);
@@ -565,14 +565,14 @@ Deno.test("after a reboot the README's unit brings all back", async () => {
   );
   const readme = await Deno.readTextFile(join(ROOT, "README.md"));
   const [, line] = /^ExecStart=(.*)$/m.exec(readme)!;
-  // Its deno is where the README copies it to; here it is the tests' own.
+  // The README copies deno there. Here it is the tests' own.
   const deno = line.replace("/usr/local/bin/deno", Deno.execPath());
   assert(deno !== line, line);
   await node.sh(deno);
   assertEquals(await tables(node), before);
 });
 
-Deno.test("a kernel without br_netfilter is a warning, with its reason", async () => {
+Deno.test("node-setup.ts warns if the kernel lacks br_netfilter, and goes on", async () => {
   await using node = await start();
   await succeed(node, PEER);
   await shim(
@@ -580,7 +580,7 @@ Deno.test("a kernel without br_netfilter is a warning, with its reason", async (
     "modprobe",
     "echo Module br_netfilter not found >&2; exit 1",
   );
-  // It has no such key: "sysctl -e" leaves it out, "sysctl -w" fails.
+  // The key is missing: "sysctl -e" leaves it out, "sysctl -w" fails.
   await shim(
     node,
     "sysctl",
@@ -589,20 +589,20 @@ Deno.test("a kernel without br_netfilter is a warning, with its reason", async (
   );
   const { code, stdout, stderr } = await setup(node, PEER);
   assertEquals(code, 0);
-  assertMatch(stdout, /# 2 new, 5 there already\n$/);
+  assertMatch(stdout, /# 2 new, 5 already there\n$/);
   assertMatch(
     stderr,
     /^Warning: modprobe br_netfilter: Module br_netfilter not/,
   );
 });
 
-Deno.test("a node without modprobe gets all but bridged packets", async () => {
+Deno.test("node-setup.ts warns if modprobe is missing, and goes on", async () => {
   await using node = await start();
   const tools = "bash ip iptables sed sysctl";
   await node.sh(`mkdir /opt/tools
     sysctl -qw net.bridge.bridge-nf-call-iptables=1
     for t in ${tools}; do ln -s $(command -v $t) /opt/tools; done
-    # The key is not there, as long as nobody loads the module.
+    # The key is missing until somebody loads the module.
     rm /opt/tools/sysctl
     printf '#!/bin/sh\n[ "$1" != -e ] || exec /sbin/sysctl "$2"
 case "$*" in *bridge*) echo no such key >&2; exit 1;; esac
@@ -611,13 +611,13 @@ exec /sbin/sysctl "$@"\n' > /opt/tools/sysctl
   const words = ["env", "PATH=/opt/tools", ...NODE_SETUP, ...PEER.split(" ")];
   const { code, stdout, stderr } = await node.run(...words);
   assertEquals(code, 0, stderr);
-  assertMatch(stdout, /^# 7 new, 0 there already$/m);
+  assertMatch(stdout, /^# 7 new, 0 already there$/m);
   assertMatch(stderr, /^Warning: modprobe br_netfilter: modprobe is not on/);
   assertMatch(await tables(node), /-A FORWARD -d 10\.240\.0\.0\/24 -j ACCEPT/);
   assertMatch(await tables(node), /MASQUERADE/);
 });
 
-Deno.test("--delete leaves br_netfilter on; a run turns it on", async () => {
+Deno.test("node-setup.ts turns bridge-nf on, and --delete leaves it on", async () => {
   await using node = await start();
   await succeed(node, PEER);
   await node.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0");

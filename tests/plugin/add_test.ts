@@ -1,8 +1,8 @@
 /**
- * ADD: the pod's address, route and links, and whom it reaches by them; what
- * ADD refuses; and that it leaves nothing where it fails. The built binary is
- * on real namespaces, with real packets. A test that is named after a symptom
- * is about what users of such plugins ran into, as it was reported.
+ * ADD: the pod's address, route and links, and whom the pod reaches; what ADD
+ * refuses; and that a failed ADD leaves nothing. The built binary runs in real
+ * namespaces, with real packets. A test named after a symptom is about a bug
+ * that users of such plugins reported.
  *
  * @module
  */
@@ -28,11 +28,11 @@ Deno.test("ADD lets pods, gateway and node reach each other", async () => {
   }
 });
 
-/** A folder for a PATH, with what the plugin needs and nothing else. */
+/** A folder for the PATH, with only what the plugin needs. */
 const MAKE_TOOLS = `mkdir /opt/tools
   ln -s $(command -v ip) $(command -v ln) $(command -v nsenter) /opt/tools`;
 
-Deno.test("ADD needs the binary alone, with ip, ln and nsenter on the PATH", async () => {
+Deno.test("ADD needs only the binary, and ip, ln and nsenter on the PATH", async () => {
   await using node = await Node.start("node1");
   await node.sh(MAKE_TOOLS);
   await node.sh("mkdir /opt/alone && cp /opt/cni/bin/custom-cni /opt/alone");
@@ -73,7 +73,7 @@ for (
     },
   ]
 ) {
-  Deno.test(`ADD goes round ${podcidr}`, async () => {
+  Deno.test(`ADD gives the first address of ${podcidr} after the last`, async () => {
     await using node = await Node.start("node1", conf({ podcidr }));
     const a = await node.start("alpine1");
     assertEquals(cidrOf(a), first);
@@ -83,12 +83,12 @@ for (
     assertEquals(cidrOf(b), last);
     await node.ping(addressOf(a), b);
     await node.ping(gateway, b);
-    // Behind the last one is the broadcast address.
+    // After the last one comes the broadcast address.
     assertEquals(cidrOf(await node.start("nginx2")), next);
   });
 }
 
-Deno.test("ADD answers 11 when the range is full, until a DEL", async () => {
+Deno.test("ADD answers 11 if the pod CIDR is full, until a DEL", async () => {
   await using node = await Node.start(
     "node1",
     conf({ podcidr: "10.9.9.4/30" }),
@@ -120,7 +120,7 @@ Deno.test("ADD gives a released address only after all others", async () => {
   }
 });
 
-Deno.test("ADD gives a reused address to who has it in an ARP cache", async () => {
+Deno.test("a pod with a reused address can be reached from old ARP caches", async () => {
   await using node = await Node.start("node1");
   const peer = await node.start("nginx1");
   const a = await node.start("alpine1");
@@ -151,14 +151,14 @@ Deno.test("two pods have one address after a host veth was renamed", async () =>
     "ip link set veth4 name lan7 || ip link set veth4 down name lan7",
   );
   await node.setCounter(1);
-  // veth2 exists, so all links are asked for, and the MAC of lan7 tells it.
+  // veth2 exists, so ADD looks at all links, and finds lan7 by its MAC.
   const pod = await node.sandbox("nginx2");
   assertError(await node.cni("ADD", pod), 11, /all 5 are in use/);
   await node.sh("ip link del veth6");
   assertEquals(cidrOf(await node.cni("ADD", pod)), "10.9.9.6/29");
 });
 
-/** The node's links that have addresses around the pods' or among them. */
+/** A NIC whose network contains the pod CIDR or overlaps it. */
 const NEIGHBOURS = [
   { nic: "10.0.2.15/8", podcidr: "10.240.0.0/24" },
   { nic: "10.0.2.15/32", podcidr: "10.240.0.0/24" },
@@ -188,7 +188,7 @@ for (const { nic, podcidr, taken } of NEIGHBOURS) {
 
 // The bridge.
 
-Deno.test("ADD mends a bridge that is down, has no address or no route", async () => {
+Deno.test("ADD repairs a bridge that is down or lacks its address or route", async () => {
   await using node = await Node.start("node1");
   const a = await node.start("alpine1");
   for (
@@ -205,7 +205,7 @@ Deno.test("ADD mends a bridge that is down, has no address or no route", async (
   }
 });
 
-Deno.test("ADD refuses a bridge with an address that overlaps", async () => {
+Deno.test("ADD refuses a bridge if its address overlaps the pod CIDR", async () => {
   await using node = await Node.start("node1");
   await node.setCounter(1);
   await node.sh(`ip link add cni0 up type bridge
@@ -220,12 +220,12 @@ Deno.test("ADD refuses a bridge with an address that overlaps", async () => {
 for (
   const { what, make, says } of [
     {
-      what: "no bridge",
+      what: "not a bridge",
       make: "ip link add cni0 type veth peer name other0",
       says: /no.* bridge/,
     },
     {
-      what: "of another range",
+      what: "another pod CIDR's",
       make: `ip link add cni0 up type bridge
         ip addr add 10.240.0.1/16 dev cni0`,
       says: /10\.240\.0\.1\/16/,
@@ -250,7 +250,7 @@ for (
     for (const { json } of [answer, status]) {
       const text = `${json.msg}; ${json.details}`;
       assertMatch(text, says);
-      // It has the mend, which is what is done here.
+      // It names the fix, which the test applies below.
       assertMatch(text, /ip link del cni0/);
     }
     assertEquals(await node.listing(pod), before);
@@ -262,7 +262,7 @@ for (
 
 // The pod.
 
-Deno.test("ADD refuses a pod that has the interface, and leaves it", async () => {
+Deno.test("ADD refuses a pod that already has the interface, and changes nothing", async () => {
   await using node = await Node.start("node1");
   const ours = await node.start("alpine1");
   const foreign = await node.sandbox("nginx1");
@@ -275,7 +275,7 @@ Deno.test("ADD refuses a pod that has the interface, and leaves it", async () =>
   }
 });
 
-Deno.test("ADD refuses the node's own namespace, and leaves it", async () => {
+Deno.test("ADD refuses the node's own namespace, and changes nothing", async () => {
   await using node = await Node.start("node1");
   await node.setCounter(1);
   await node.sh("mkdir -p /run/netns");
@@ -286,7 +286,7 @@ Deno.test("ADD refuses the node's own namespace, and leaves it", async () => {
   assertEquals(await node.listing(), before);
 });
 
-Deno.test("ADD says that eth0 exists where no namespace has a name", async () => {
+Deno.test("ADD says that eth0 exists if no namespace has a name", async () => {
   await using node = await Node.start("node1");
   const holder = "unshare -n sleep 60 > /dev/null 2>&1 & echo $!";
   const pid = await node.sh(`${holder} | tee -a /run/background; sleep 0.2`);
@@ -294,16 +294,16 @@ Deno.test("ADD says that eth0 exists where no namespace has a name", async () =>
   await node.sh(`nsenter --net=${netns} ip link add eth0 type bridge
     ls -d /run/netns && exit 1 || exit 0`);
   const pod = { name: "", containerID: "box1", netns };
-  assertError(await node.cni("ADD", pod), 100, /eth0 exists already/);
+  assertError(await node.cni("ADD", pod), 100, /eth0 already exists/);
 });
 
-Deno.test("a second ADD that fails takes the first one's network", async () => {
+Deno.test("a second ADD that fails removes the first one's network", async () => {
   await using node = await Node.start("node1");
   const first = await node.start("alpine1");
   const { containerID } = first;
   const second = { ...await node.sandbox("alpine1"), containerID };
   const before = await node.listing(first);
-  // It fails in the pod, where the name was turned to the second namespace.
+  // It fails in the pod, after the name points to the second namespace.
   await node.shim(
     "ip",
     '[ /proc/$$/ns/net -ef /proc/$PPID/ns/net ] || exit 1; exec ip "$@"',
@@ -317,10 +317,10 @@ Deno.test("a second ADD that fails takes the first one's network", async () => {
   assertEquals(await node.listing(first), before);
 });
 
-Deno.test("ADD answers 11 when another ADD has the number meanwhile", async () => {
+Deno.test("ADD answers 11 if another ADD took the same number", async () => {
   await using node = await Node.start("node1");
   const pod = await node.sandbox("nginx1");
-  // Between the look and the pair: as if somebody had deleted the counter.
+  // Between the look and the veth pair, as if somebody deleted the counter.
   await node.shim(
     "ip",
     `lines=$(cat)
@@ -333,13 +333,13 @@ Deno.test("ADD answers 11 when another ADD has the number meanwhile", async () =
   assertError(
     await node.cni("ADD", pod, { env }),
     11,
-    /veth2 is another pod's/,
+    /veth2 belongs to another pod/,
   );
   await node.sh("ip link show veth2");
   assertEquals(await node.in(pod, "ls /sys/class/net"), "lo");
 });
 
-Deno.test("ADD answers 11 when the bridge has no port left", async () => {
+Deno.test("ADD answers 11 if the bridge has no port left", async () => {
   const podcidr = "10.0.0.0/8";
   await using node = await Node.start("node1", conf({ podcidr }));
   const first = await node.start("alpine1");
@@ -354,7 +354,7 @@ Deno.test("ADD answers 11 when the bridge has no port left", async () => {
   await node.ping(addressOf(await node.cni("ADD", pod)));
 });
 
-Deno.test("ADD gives an interface its name, whatever a shell would make of it", async () => {
+Deno.test("ADD gives an interface its name, even if a shell would run it", async () => {
   await using node = await Node.start("node1");
   for (
     const ifname of ["$(id)`id`;&|*", ";reboot", "a>b<c", "~!{x}[y]?", "&"]
@@ -367,7 +367,7 @@ Deno.test("ADD gives an interface its name, whatever a shell would make of it", 
     const seen = await node.in(pod, `sh -c '${look}'`);
     const names = seen.split("\n").filter((line) => /\D/.test(line));
     assertEquals(names.sort(), ["all", "default", "lo", ifname].sort());
-    // Of the three and itself, it alone takes no IPv6 route from a router.
+    // Of these four, only the new interface refuses IPv6 routes from routers.
     const count = "grep -l 0 /proc/sys/net/ipv6/conf/*/accept_ra | wc -l";
     assertEquals(await node.in(pod, `sh -c '${count}'`), "1", ifname);
     await node.ping("10.240.0.1", pod);
@@ -375,17 +375,17 @@ Deno.test("ADD gives an interface its name, whatever a shell would make of it", 
   }
 });
 
-Deno.test("ADD of net1 alone gives a pod its network", async () => {
+Deno.test("ADD of only net1 gives a pod its network", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("alpine1", { env: { CNI_IFNAME: "net1" } });
   assertMatch(await node.in(pod, "ip route show default"), /dev net1/);
   await node.ping("10.240.0.1", pod);
 });
 
-Deno.test("udev gives a link another MAC after ADD told it", async () => {
+Deno.test("udev gives a link another MAC after ADD reported it", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("alpine1");
-  // MACAddressPolicy=persistent spares what has 3, NET_ADDR_SET.
+  // MACAddressPolicy=persistent leaves links with 3, NET_ADDR_SET, alone.
   const look = (link: string) =>
     `sh -c 'cd /sys/class/net/${link} && cat address addr_assign_type'`;
   const looks = [
@@ -407,7 +407,7 @@ for (
   const how = mtu ? `by "mtu": ${mtu}` : "without it";
   Deno.test(`a tunnel swallows a pod's long packets: ${how}`, async () => {
     await using node = await Node.start("node1", conf({ mtu }));
-    // The way out has 1400, and nobody hears that a packet was too long.
+    // The NIC takes 1400 bytes, and no sender hears that a packet was too long.
     await node.sh(`sysctl -qw net.ipv4.ip_forward=1
       ip netns add outside
       ip link add enp0s3 mtu 1400 up type veth peer name eth0 mtu 1500 \
@@ -426,7 +426,7 @@ for (
     await node.serve(pod.netns, "nginx1");
     const files = "echo > short && head -c 2000000 /dev/zero > long";
     await node.sh(`cd /run/www/* && ${files}`);
-    // Two megabytes; two seconds are enough to see that none will come.
+    // If nothing of the two megabytes comes in two seconds, nothing will.
     const url = `http://${addressOf(pod)}`;
     const wget = "ip netns exec outside timeout 2 busybox wget -qO-";
     const received = await node.sh(`for try in $(seq 50); do
@@ -441,23 +441,23 @@ for (
 Deno.test("ADD lets a pod reach itself through its Service", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("nginx1");
-  // As kube-proxy writes it. With bridge-nf-call-iptables the packet turns
-  // round in the bridge, and goes back to the port that it came from.
+  // The rules that kube-proxy writes. With bridge-nf-call-iptables the packet
+  // turns round in the bridge, and leaves by the port that it came from.
   await node.sh(`sysctl -qw net.ipv4.ip_forward=1
     sysctl -qw net.bridge.bridge-nf-call-iptables=1
     iptables -t nat -A PREROUTING -d 10.96.0.10 -j DNAT --to ${addressOf(pod)}
     iptables -t nat -A POSTROUTING -s 10.240.0.0/24 -j MASQUERADE`);
   await node.ping("10.96.0.10", pod);
-  // And hairpin is what does it.
+  // And hairpin is the reason.
   await node.sh(`ip link set ${vethOf(pod)} type bridge_slave hairpin off`);
   await assertRejects(() => node.ping("10.96.0.10", pod, 1));
 });
 
-// What surrounds the call.
+// The caller's surroundings.
 
-Deno.test("ADD and DEL do not mind the variables of containerd", async () => {
+Deno.test("ADD and DEL work with the variables of containerd", async () => {
   await using node = await Node.start("node1");
-  // Debian's containerd has a path for libraries, and its plugins inherit it.
+  // Debian's containerd sets a library path, and its plugins inherit it.
   const env = { LD_LIBRARY_PATH: "/var/lib/containerd/opt/lib", LANG: "de_DE" };
   const pod = await node.start("alpine1", { env });
   await node.ping(addressOf(pod));
@@ -466,7 +466,7 @@ Deno.test("ADD and DEL do not mind the variables of containerd", async () => {
 
 Deno.test("a working directory that is gone looks like a missing ip", async () => {
   await using node = await Node.start("node1");
-  // As with a volume that was mounted over the one of a runtime.
+  // As if a volume were mounted over the working directory of a runtime.
   const script = `#!/bin/sh
     mkdir -p /tmp/a/b && cd /tmp/a/b && mount -t tmpfs tmpfs /tmp/a
     exec /opt/cni/bin/custom-cni`;
@@ -503,7 +503,7 @@ Deno.test("an ip that can't be started looks like a missing one", async () => {
   assertEquals(/not on the PATH|apt-get/.test(answer.stdout), false);
 });
 
-Deno.test("an ip that answers nothing is not taken for one that has", async () => {
+Deno.test("an ip that answers nothing is an error", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   await node.shim("ip", "exit 0");
   const env = { PATH: SHIM_PATH };
@@ -513,10 +513,10 @@ Deno.test("an ip that answers nothing is not taken for one that has", async () =
   assertError(await node.cni("STATUS", undefined, { env }), 50, /nothing/);
 });
 
-/** A kernel that lacks something, and the node that shows it. */
+/** A kernel that lacks something, and how a node simulates it. */
 interface Kernel {
   kernel: string;
-  /** A line that makes the node so; programs that behave as if it were so. */
+  /** A shell line, and stand-ins for programs, that simulate it. */
   line?: string;
   shims?: Record<string, string>;
   PATH?: string;
@@ -531,15 +531,15 @@ const KERNELS: Kernel[] = [
     says: /^$/,
   },
   {
-    kernel: "that keeps its settings",
+    kernel: "with read-only settings",
     shims: { sysctl: "echo read-only >&2; exit 1" },
-    says: /cni0 takes IPv6 routes from pods: read-only/,
+    says: /cni0 accepts IPv6 routes from pods: read-only/,
   },
   {
     kernel: "whose sysctl is not on the PATH",
     line: MAKE_TOOLS,
     PATH: "/opt/tools",
-    says: /cni0 takes IPv6 routes from pods: .*sysctl/,
+    says: /cni0 accepts IPv6 routes from pods: .*sysctl/,
   },
 ];
 for (const { kernel, line, shims = {}, PATH = SHIM_PATH, says } of KERNELS) {
@@ -559,8 +559,8 @@ for (const { kernel, line, shims = {}, PATH = SHIM_PATH, says } of KERNELS) {
   });
 }
 
-// A step that fails. What a program is to do is written into it, since the
-// plugin hands on no variables. Its steps lie beside it, one a line.
+// A step that fails. The stand-in's script holds what it must do, since the
+// plugin passes no variables on. The file of steps has one step a line.
 const STEPS = "/opt/shims/steps";
 
 /** A program that fails at its nth call. */
@@ -569,7 +569,7 @@ const failingCall = (program: string, n: number) => `
   [ $(wc -l < ${STEPS}) != ${n} ] || exit 1
   exec ${program} "$@"`;
 
-/** An ip that gets a bad line in place of the nth, over all its calls. */
+/** An ip that gets a bad line instead of the nth one of all its calls. */
 const failingLine = (n: number) => `
   lines=$(cat)
   touch ${STEPS}
@@ -579,9 +579,9 @@ const failingLine = (n: number) => `
     awk -v nth=$nth 'NR == nth { $0 = "link show dev none" } 1' | ip "$@"`;
 
 /**
- * Has a program fail at each of its steps in turn, in an ADD of its own, until
- * an ADD has no such step. Returns how many there were, and how many of them
- * failed the ADD: it goes on where it only looks.
+ * Makes a program fail at each of its steps, with a new ADD for each, until an
+ * ADD has no such step. Returns the number of steps, and how many of them
+ * failed the ADD: some failed looks do not.
  */
 async function failEach(program: string, failing: (n: number) => string) {
   await using node = await Node.start("node1");
@@ -600,7 +600,7 @@ async function failEach(program: string, failing: (n: number) => string) {
       await node.ping("10.240.0.1", pod);
       assertEquals((await node.cni("DEL", pod)).code, 0, what);
     } else {
-      assert(step, what); // it fails for no other reason
+      assert(step, what); // nothing else failed
       failed++;
       assert(answer.json.code >= 4, what);
       await node.sh("ip link del cni0 || true"); // it may stay

@@ -1,11 +1,11 @@
-/** What tests read in an answer of the plugin. */
+/** How tests read the plugin's answers. */
 import { assertEquals, assertMatch, assertNotEquals } from "@std/assert";
 import type { Answer } from "../lab/node.ts";
 
-/** The address that ADD answered, with its prefix. */
+/** The address in ADD's result, with its prefix. */
 export const cidrOf = ({ json }: Answer): string => json.ips[0].address;
 
-/** Asserts that a call failed with this code, and said this. */
+/** Asserts that a call failed with this code and these words. */
 export function assertError(
   { code, json }: Answer,
   cniCode: number,

@@ -1,7 +1,7 @@
 /**
- * The CNI specification as a table: what is sent, and what must come back. It
- * is data, so that another plugin can be measured with the same rows: whether
- * the table itself is right, Debian's `bridge` tells.
+ * The CNI specification as a table: what is sent, and what must come back. As
+ * it is data, the same rows test another plugin: Debian's `bridge` shows that
+ * the table is right.
  *
  * @see {@link https://www.cni.dev/docs/spec/}
  * @module
@@ -12,16 +12,16 @@ import type { Pod } from "../lab/node.ts";
 /** The versions that the rows are about. */
 export const VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/** What can be seen after a row's call. */
+/** What a test sees after a row's call. */
 export interface Seen {
-  /** What the plugin says that it knows. */
+  /** The versions that the plugin claims. */
   known: string[];
   version?: string;
   pod: Pod;
-  /** What the ADD before answered, and what the row's own call did. */
+  /** The result of the earlier ADD, and the answer to the row's own call. */
   added?: any;
   answer: any;
-  /** From the kernel: the node's links, the pod's but lo, and its routes. */
+  /** The node's links, and the pod's links (without lo) and routes. */
   host: any[];
   links: any[];
   routes: any[];
@@ -35,37 +35,37 @@ export interface Want {
   code?: number;
   /** The pod's interfaces afterwards; without this it has none. */
   pod?: string[];
-  /** The bridge's ports afterwards, if not one for each of those. */
+  /** The bridge's ports afterwards; by default one for each of those. */
   ports?: number;
-  /** What else must be so; a success without this answers nothing. */
+  /** What else must hold; a success without this has an empty answer. */
   shows?: Shows;
 }
 
-/** A call by the line "VERB if what is special in it". */
+/** A call. Its key is "VERB if CONDITION". */
 export interface Row extends Want {
-  /** A test for each; without this one for 1.0.0, or 0.4.0 with an old peer. */
+  /** One test each; by default only 1.0.0, or 0.4.0 for an old peer. */
   versions?: (string | undefined)[];
   /** What happens before: verbs, and lines for the node's shell. */
   after?: string[];
   env?: Record<string, string | undefined>;
-  /** What is added to the configuration, or all of stdin. */
+  /** Changes to the conf, or all of stdin as a string. */
   conf?: string | object | ((seen: Pick<Seen, "pod" | "added">) => object);
-  /** What is otherwise with the peer. */
+  /** How the peer differs. */
   peer?: Difference | Difference[];
 }
 
-/** Where the peer may differ, and why. */
+/** How a peer differs, and why it may. */
 export interface Difference extends Want {
   after?: string[];
   why: string;
-  /** Only a peer that does not know this version differs so. */
+  /** Only for a peer without this version. */
   before?: string;
 }
 
-/** What section 5 asks of the answer to ADD, compared with the kernel. */
+/** What section 5 requires of the result of ADD, compared with the kernel. */
 const RESULT: Shows = {
   cniVersion: ({ answer, version }) => [answer.cniVersion, version],
-  "one interface with CNI_NETNS to the letter": ({ answer, links, pod }) => [
+  "one interface, with CNI_NETNS unchanged": ({ answer, links, pod }) => [
     answer.interfaces.filter((link: any) => link.sandbox),
     links.map(({ ifname, address }) => (
       { name: ifname, mac: address, sandbox: pod.netns }
@@ -78,7 +78,7 @@ const RESULT: Shows = {
         .map(({ ifname, address }) => ({ name: ifname, mac: address })),
     ),
   ],
-  "ips, with a version below 1.0.0 only": ({ answer, links, version }) => [
+  "ips, with a version only before 1.0.0": ({ answer, links, version }) => [
     answer.ips,
     links.map((link) => ({
       ...(version! < "1.0.0" && { version: "4" }),
@@ -93,7 +93,7 @@ const RESULT: Shows = {
   ],
 };
 
-/** What section 5 asks of the answer to VERSION. */
+/** What section 5 requires of the answer to VERSION. */
 const SUPPORTED: Shows = {
   cniVersion: ({ answer, version = "0.1.0" }) => [answer.cniVersion, version],
   supportedVersions: ({ answer, known }) => [answer.supportedVersions, known],
@@ -108,20 +108,20 @@ function addressOf({ addr_info: [{ local, prefixlen }] }: any): string {
   return `${local}/${prefixlen}`;
 }
 
-// What rows have in common.
+// Common parts of rows.
 const ADDED = { pod: ["eth0"], shows: RESULT };
 const STAYS = { after: ["ADD"], pod: ["eth0"] };
 const NO_PREVIOUS = { conf: { prevResult: undefined } };
 const NO_ROUTE = ["ADD", "ip -n $NS route del default"];
 const GONE = ["ADD", "ip netns del $NS"];
-/** For at most half a minute until the kernel has ended the namespace. */
+/** Waits at most half a minute for the kernel to end the namespace. */
 const ENDED = `for i in $(seq 300); do
   [ "$(ip link show master cni0)" ] || break
   sleep 0.1
 done`;
 const NEW = { versions: ["1.1.0"] };
 const DNS = { nameservers: ["10.96.0.10"], search: ["cluster.local"] };
-/** What a plugin before ours in a chain answered. */
+/** The result of a plugin before ours in a chain. */
 const PREVIOUS = {
   interfaces: [{ name: "dummy0" }],
   ips: [{ address: "192.0.2.9/24", interface: 0 }],
@@ -134,64 +134,67 @@ const STRICT = { code: 4, pod: [], shows: {} };
 const NO_VERB = {
   before: "1.1.0",
   code: 3,
-  why: "asks for a container before it knows why",
+  why: "requires a container before it reads the verb",
 };
-const LEAVES = { pod: ["eth0"], why: "leaves it to the namespace's end" };
+const LEAVES = { pod: ["eth0"], why: "leaves it until the namespace ends" };
 const NEWEST: Difference = {
   shows: {
     ...SUPPORTED,
     cniVersion: ({ answer, known }) => [answer.cniVersion, known.at(-1)],
   },
-  why: "answers the newest version that it knows, whatever is asked",
+  why: "always answers its newest version",
 };
 
-/** The rows, by the specification's section and what it says there. */
+/** The rows, by the section of the specification and its rule. */
 export const TABLE: Record<string, Record<string, Row>> = {
-  "1 Configuration: a name is needed, other keys may be there": {
+  "1 Configuration: it needs a name, and may have unknown keys": {
     "ADD if it has no name": { conf: { name: undefined }, code: 7 },
     "ADD if the name is bad": {
       versions: VERSIONS,
       conf: { name: "-net" },
       code: 7,
       shows: { cniVersion: RESULT.cniVersion },
-      peer: { shows: {}, why: "does not say it in errors" },
+      peer: { shows: {}, why: "has no version in its errors" },
     },
     "ADD if a key is unknown": { conf: { keyA: ["some"] }, ...ADDED },
   },
-  "1 Version: a plugin refuses what it does not know": {
+  "1 Version: a plugin refuses unknown versions": {
     "ADD if the version is unknown": { versions: ["9.9.9"], code: 1 },
-    "DEL if the version is unknown, for a pod must be able to end": {
+    "DEL if the version is unknown, since pods must be able to end": {
       versions: ["9.9.9"],
-      peer: { code: 1, why: "asks first" },
+      peer: { code: 1, why: "checks the version first" },
     },
     "CHECK if the version is unknown": { versions: ["9.9.9"], code: 1 },
-    "ADD if the version is old or, as it was then, not given": {
+    "ADD if the version is old, or missing as it was then": {
       versions: ["0.1.0", "0.2.0", undefined],
       code: 1,
       peer: {
         code: 0,
         pod: ["eth0"],
         shows: { ip4: (it) => [it.answer.ip4.ip, addressOf(it.links[0])] },
-        why: "speaks these too",
+        why: "knows these too",
       },
     },
-    "CHECK if it came later": { versions: VERSIONS.slice(0, 2), code: 1 },
-    "GC if it came later": {
+    "CHECK if the version is older than the verb": {
+      versions: VERSIONS.slice(0, 2),
+      code: 1,
+    },
+    "GC if the version is older than the verb": {
       versions: VERSIONS.slice(0, 4),
       code: 1,
       peer: NO_VERB,
     },
-    "STATUS if it came later": {
+    "STATUS if the version is older than the verb": {
       versions: VERSIONS.slice(0, 4),
       code: 1,
       peer: NO_VERB,
     },
   },
-  "2 Parameters: some are needed": {
+  "2 Parameters: some are required": {
     ...needs("ADD", ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
     ...needs("DEL", ["CNI_CONTAINERID", "CNI_IFNAME"]),
     ...needs("CHECK", ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"]),
-    "REMOVE if that is no verb": { code: 4 },
+    "REMOVE if that is not a verb": { code: 4 },
     "GET if the tutorial's runtime calls it": {
       peer: { code: 4, why: "has only the specification's verbs" },
     },
@@ -199,17 +202,21 @@ export const TABLE: Record<string, Record<string, Row>> = {
       ...ADDED,
       env: { CNI_ARGS: "FOO=BAR;ABC=123" },
       peer: [
-        { ...STRICT, code: 999, why: "wants IgnoreUnknown=1 for that" },
-        { before: "1.0.0", pod: ["eth0"], why: "asks after all is done" },
+        { ...STRICT, code: 999, why: "requires IgnoreUnknown=1" },
+        {
+          before: "1.0.0",
+          pod: ["eth0"],
+          why: "requires it after the work is done",
+        },
       ],
     },
-    "ADD if CNI_PATH is not there": {
+    "ADD if CNI_PATH is missing": {
       ...ADDED,
       env: { CNI_PATH: undefined },
       peer: { ...STRICT, why: "needs it to find host-local" },
     },
   },
-  "2 ADD: creates the interface, and answers what it did": {
+  "2 ADD: creates the interface, and answers with a result": {
     "ADD if all is well": {
       versions: VERSIONS,
       conf: { dns: DNS },
@@ -227,13 +234,13 @@ export const TABLE: Record<string, Record<string, Row>> = {
       pod: ["eth0", "net1"],
       shows: { cniVersion: RESULT.cniVersion },
     },
-    "ADD if the pod was added, and all stays as it was": {
+    "ADD if the pod was added before, and changes nothing": {
       ...STAYS,
       code: 100,
       shows: { ip: (it) => [addressOf(it.links[0]), it.added.ips[0].address] },
       peer: REFUSES,
     },
-    "ADD if somebody else made the interface": {
+    "ADD if somebody else created the interface": {
       after: ["ip -n $NS link add eth0 type bridge"],
       pod: ["eth0"],
       ports: 0,
@@ -253,12 +260,12 @@ export const TABLE: Record<string, Record<string, Row>> = {
           ["dummy0", "eth0"],
         ],
       },
-      peer: { shows: RESULT, why: "drops it, as the first of each chain" },
+      peer: { shows: RESULT, why: "drops it, as it expects to be first" },
     },
   },
   "2 DEL: succeeds, whatever is missing": {
     "DEL if all is well": { versions: VERSIONS, after: ["ADD"] },
-    "DEL if it is the second": { after: ["ADD", "DEL"] },
+    "DEL if it was called before": { after: ["ADD", "DEL"] },
     "DEL if nothing was added": {},
     "DEL if prevResult is missing": { after: ["ADD"], ...NO_PREVIOUS },
     "DEL if CNI_NETNS is missing": {
@@ -276,9 +283,9 @@ export const TABLE: Record<string, Record<string, Row>> = {
       peer: [
         {
           after: [...GONE, ENDED],
-          why: "leaves the veth to the kernel, which takes its time",
+          why: "leaves the veth to the kernel, which deletes it later",
         },
-        { before: "1.0.0", code: 999, why: "looks for the namespace first" },
+        { before: "1.0.0", code: 999, why: "requires the namespace" },
       ],
     },
   },
@@ -307,7 +314,7 @@ export const TABLE: Record<string, Record<string, Row>> = {
       code: 101,
       peer: REFUSES,
     },
-    "CHECK if a later plugin took the route away, and said so": {
+    "CHECK if a later plugin removed the route from pod and result": {
       after: NO_ROUTE,
       pod: ["eth0"],
       conf: ({ added }) => added && { prevResult: { ...added, routes: [] } },
@@ -315,12 +322,12 @@ export const TABLE: Record<string, Record<string, Row>> = {
   },
   "2 STATUS: fails if ADD would": {
     "STATUS if there is room": NEW,
-    "STATUS if all addresses are in use, since pods end": {
+    "STATUS if all addresses are in use, since pods will end": {
       ...NEW,
       ...STAYS,
       conf: { podcidr: "10.240.0.0/30" },
     },
-    "STATUS if the bridge has an address of another range": {
+    "STATUS if the bridge has an address of another pod CIDR": {
       ...NEW,
       after: [
         "ip link add cni0 type bridge",
@@ -328,11 +335,11 @@ export const TABLE: Record<string, Record<string, Row>> = {
       ],
       ports: 0,
       code: 50,
-      peer: { code: 0, why: "asks host-local alone" },
+      peer: { code: 0, why: "only asks host-local" },
     },
   },
-  "2 VERSION: needs nothing, and answers as asked": {
-    "VERSION if the version is known or not": {
+  "2 VERSION: requires nothing, and answers in the given version": {
+    "VERSION if the version is known or unknown": {
       versions: ["0.1.0", ...VERSIONS, "9.9.9", undefined],
       shows: SUPPORTED,
       peer: NEWEST,
@@ -367,7 +374,7 @@ export const TABLE: Record<string, Record<string, Row>> = {
   },
 };
 
-/** Rows for the variables that a verb needs; the error names them. */
+/** Rows for the variables that a verb requires; the error names them. */
 function needs(verb: string, names: string[]): Record<string, Row> {
   return Object.fromEntries(
     names.map((name) => [`${verb} if ${name} is empty`, {

@@ -4,14 +4,14 @@ import { assertEquals, assertObjectMatch } from "@std/assert";
 import { type Row, TABLE, VERSIONS } from "./conformance.ts";
 import { Node, run } from "../lab/node.ts";
 
-/** A program that the rows are sent to. */
+/** A plugin under test. */
 interface Plugin {
   path: string;
   versions: string[];
-  /** What its configuration needs beside cniVersion and name. */
+  /** What its conf needs besides cniVersion and name. */
   conf: Record<string, unknown>;
   env?: Record<string, string>;
-  /** The types of what its errors always have. */
+  /** The keys that its errors always have, with their types. */
   error: Record<string, string>;
 }
 
@@ -27,7 +27,7 @@ const OURS: Plugin = {
   },
 };
 
-/** From Debian's containernetworking-plugins, of whatever release. */
+/** Debian's containernetworking-plugins, of any release. */
 const PEER: Plugin = {
   path: "/usr/lib/cni/bridge",
   versions: await askVersions("/usr/lib/cni/bridge"),
@@ -35,7 +35,7 @@ const PEER: Plugin = {
     bridge: "cni0",
     isGateway: true,
     isDefaultGateway: true,
-    // Its leases lie in the node's own /tmp, not on the machine's disk.
+    // Its leases are in the node's own /tmp, not on the machine's disk.
     ipam: { type: "host-local", subnet: "10.240.0.0/24", dataDir: "/tmp/ipam" },
   },
   env: { CNI_PATH: "/usr/lib/cni" }, // where it finds host-local
@@ -89,7 +89,7 @@ async function play(plugin: Plugin, verb: string, row: Row, version?: string) {
 
     const listing = await node.sh(`
       for what in "link" "-n ${ns} addr" "-n ${ns} route"; do
-        # Without a route some ip begin a list, and fail.
+        # Without a route, some releases of ip begin a list and fail.
         list=$(ip -json $what 2>/dev/null) && echo "$list" || echo []
       done`);
     const [host, all, routes] = listing.split("\n").map((it) => JSON.parse(it));
@@ -141,7 +141,9 @@ for (const plugin of [OURS, PEER]) {
         const outcome = row.code ? `answers error ${row.code}` : "succeeds";
         const section = clause.split(":")[0];
         const who = plugin.path.split("/").pop();
-        const where = `${who}, CNI ${version ?? "of no version"}, ${section}`;
+        const where = `${who}, CNI ${
+          version ?? "without a version"
+        }, ${section}`;
         Deno.test(
           `${verb} ${outcome} ${condition} (${where})`,
           () => play(plugin, verb, row, version),

@@ -1,6 +1,5 @@
 /**
- * DEL: it takes away what ADD made, whatever is left of it, and nothing that
- * is another's.
+ * DEL: it removes what is left of what ADD created, and nothing else.
  *
  * @module
  */
@@ -14,7 +13,7 @@ for (
     { when: " with an empty CNI_NETNS", env: { CNI_NETNS: "" } },
   ]
 ) {
-  Deno.test(`DEL${when} removes what ADD made, and nothing else`, async () => {
+  Deno.test(`DEL${when} removes what ADD created, and nothing else`, async () => {
     await using node = await Node.start("node1");
     const other = await node.start("nginx1");
     const before = await node.listing();
@@ -27,7 +26,7 @@ for (
   });
 }
 
-Deno.test("DEL removes an attachment whose name is too long for a link", async () => {
+Deno.test("DEL removes an attachment if its name is too long for a link", async () => {
   await using node = await Node.start("node1", conf({ name: "n".repeat(118) }));
   await node.start("nginx1");
   const before = await node.listing();
@@ -38,7 +37,7 @@ Deno.test("DEL removes an attachment whose name is too long for a link", async (
   assertEquals(await node.listing(), before);
 });
 
-Deno.test("DEL removes both if ADD was called twice, in two namespaces", async () => {
+Deno.test("DEL removes both attachments if ADD ran in two namespaces", async () => {
   await using node = await Node.start("node1");
   await node.start("nginx1");
   const before = await node.listing();
@@ -52,7 +51,7 @@ Deno.test("DEL removes both if ADD was called twice, in two namespaces", async (
   assertEquals(await node.listing(), before);
 });
 
-/** What somebody may have written into the conf while pods ran. */
+/** Bad edits of the conf while pods run. */
 const EDITS: Record<string, unknown>[] = [
   { runtimeConfig: { ips: ["10.240.0.9/24"] } },
   { runtimeConfig: { mac: "02:00:00:00:00:01" } },
@@ -83,7 +82,7 @@ Deno.test("a conf that was edited badly keeps pods from ending", async () => {
   }
 });
 
-Deno.test("the name of a container called undefined stays", async () => {
+Deno.test("the name of a container called undefined stays behind", async () => {
   await using node = await Node.start("node1");
   await node.sh("ip link add other0 type bridge");
   const pod = { ...await node.sandbox("a"), containerID: "undefined" };
@@ -92,13 +91,13 @@ Deno.test("the name of a container called undefined stays", async () => {
   await assertRejects(() => node.sh("ls /run/netns/undefined"));
 });
 
-Deno.test("DEL takes a stranger's veth, for its index", async () => {
+Deno.test("DEL deletes somebody else's veth because of its index", async () => {
   await using node = await Node.start("node1");
   const pod = await node.sandbox("alpine1");
   const third = await node.sandbox("router");
   const [ns, other] = [pod, third].map((it) => it.netns.split("/").pop());
-  // The pod's eth0 has its other end in a third namespace, with an index that
-  // is a foreign veth's on the node. Its own is that of the foreign one's peer.
+  // The other end of the pod's eth0 is in a third namespace. Both ends have the
+  // same indexes as a foreign veth pair on the node.
   await node.sh(`
     ip -n ${ns} link add eth0 index 71 type veth peer name eth9 index 72 \
       netns ${other}
@@ -108,7 +107,7 @@ Deno.test("DEL takes a stranger's veth, for its index", async () => {
   assertEquals(await node.listing(), before);
 });
 
-Deno.test("ADD and DEL of net1 leave eth0 as it is", async () => {
+Deno.test("ADD and DEL of net1 do not change eth0", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("alpine1");
   const before = await node.listing(pod);
@@ -124,7 +123,7 @@ Deno.test("ADD and DEL of net1 leave eth0 as it is", async () => {
   await assertRejects(() => node.sh(`ls /run/netns/${pod.containerID}`));
 });
 
-Deno.test("ADD and DEL leave a namespace with the container's name", async () => {
+Deno.test("ADD and DEL leave a namespace alone if it has the container's name", async () => {
   await using node = await Node.start("node1");
   const netns = "/var/run/netns/alpine1";
   const pod = { name: "alpine1", containerID: "alpine1", netns };
@@ -138,7 +137,7 @@ Deno.test("ADD and DEL leave a namespace with the container's name", async () =>
 });
 
 for (const folder of ["/run/netns", "/var/run/netns"]) {
-  Deno.test(`a namespace by the container's name in ${folder} is lost`, async () => {
+  Deno.test(`a namespace with the container's name in ${folder} is lost`, async () => {
     await using node = await Node.start("node1");
     await node.sh("ip netns add box1");
     const pod = { name: "", containerID: "box1", netns: `${folder}/box1` };
@@ -155,7 +154,7 @@ for (const folder of ["/run/netns", "/var/run/netns"]) {
 Deno.test("a foreign link's name or alias fails DEL and STATUS", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   const before = await node.start("alpine1");
-  // All that the kernel takes: in a name no blank, in an alias anything.
+  // All that the kernel accepts: a name has no blank, an alias has anything.
   const range = (from: number, to: number) =>
     Array.from({ length: to - from + 1 }, (_, i) => from + i)
       .map((byte) => `\\${byte.toString(8).padStart(3, "0")}`);

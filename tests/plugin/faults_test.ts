@@ -1,6 +1,6 @@
 /**
- * Nothing lost, nothing left, no one let in. Each test tries one kind of harm;
- * a table at the end tells how often. `deno task soak` tries far more often.
+ * Nothing lost, nothing left, no one let in. Each test tries one kind of harm.
+ * A table at the end says how often. `deno task soak` tries far more often.
  *
  * @module
  */
@@ -18,7 +18,7 @@ import {
 } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
-/** How often: for CI, and for an hour of rest. */
+/** How often each harm is tried: in a soak, and in CI. */
 const SIZE = Deno.env.has("SOAK")
   ? { kills: 40, atOnce: 100, rounds: 1000, pods: 50, inputs: 300 }
   : { kills: 6, atOnce: 12, rounds: 30, pods: 8, inputs: 30 };
@@ -26,12 +26,12 @@ const SIZE = Deno.env.has("SOAK")
 const figures: Record<string, { tried: number; lost: number }> = {};
 Deno.test.afterAll(() => console.table(figures));
 
-/** Counts tries that went well; one that does not fails its test. */
+/** Counts successful tries. A lost one fails its test. */
 function count(what: string, tried: number): void {
   figures[what] = { tried: (figures[what]?.tried ?? 0) + tried, lost: 0 };
 }
 
-const SOON = 50; // milliseconds in which an `ip` without stdin has ended
+const SOON = 50; // milliseconds until an `ip` without stdin has ended
 
 /** A node with a pod that must not lose its network. */
 class Place {
@@ -46,7 +46,7 @@ class Place {
     await this.node[Symbol.asyncDispose]();
   }
 
-  /** DEL clears up after a harm, the pod can be added, the other still is. */
+  /** DEL cleans up after the harm, ADD works, and the other pod is fine. */
   async recover(pod: Pod, before: string, what: string): Promise<void> {
     const { node, other } = this;
     await node.sh("rm -rf /opt/shims");
@@ -62,7 +62,7 @@ class Place {
   }
 }
 
-/** Milliseconds that a call takes here and now. */
+/** How long a call takes, in milliseconds. */
 async function duration(call: () => Promise<unknown>): Promise<number> {
   const start = performance.now();
   await call();
@@ -93,10 +93,10 @@ Deno.test("ADD and DEL may be killed at any moment", async () => {
 });
 
 /**
- * An ip that passes its lines on up to the one that a condition holds for, and
- * kills the plugin. Then ip sees the end of its stdin: it was killed in between
- * two lines, too. The plugin is the parent also under nsenter, which becomes
- * the ip. What is to do is written into it: the plugin hands on no variables.
+ * An ip that passes on its lines until a condition holds, and then kills the
+ * plugin. The real ip sees the end of its stdin, as if it were killed between
+ * two lines. The plugin is its parent under nsenter too, since nsenter becomes
+ * ip. The script holds the condition, since the plugin passes no variables on.
  */
 const killer = (isLast: string) => `
   plugin=$PPID
@@ -109,10 +109,10 @@ const killer = (isLast: string) => `
     exit
   done | exec ip "$@"`;
 
-/** Whether it is the nth line of a call of the plugin, whichever ip gets it. */
+/** Whether it is the nth line of all that a call of the plugin gives to ip. */
 const isNth = (n: number) => `[ $(wc -l < /opt/shims/seen) = ${n} ]`;
 
-/** Whether it looks like that; the first such line is the last. */
+/** Whether the line matches a pattern. */
 const isLike = (pattern: string) => `echo "$line" | grep -q '${pattern}'`;
 
 const KILLED = 137; // by SIGKILL
@@ -131,7 +131,7 @@ Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
       await run(["sleep", `${SOON / 1000}`]);
       await place.recover(pod, before, `${verb} killed after line ${n}`);
       if (code !== KILLED) {
-        // There was no such line any more.
+        // The call has fewer lines.
         assertEquals(code, 0, verb);
         break;
       }
@@ -142,7 +142,7 @@ Deno.test("ADD and DEL may be killed after any line of any ip", async () => {
   assert(lines.ADD > 5 && lines.DEL >= 1, Deno.inspect(lines));
 });
 
-Deno.test("GC finds what a killed ADD has left", async () => {
+Deno.test("GC removes what a killed ADD has left", async () => {
   await using place = await Place.prepare();
   const { node, other } = place;
   const { containerID } = other;
@@ -169,7 +169,7 @@ Deno.test("GC finds what a killed ADD has left", async () => {
   }
 });
 
-/** Programs that stand in for those on the PATH, and what the error says. */
+/** Stand-ins for the programs on the PATH, and what the error says. */
 interface Broken {
   shims: Record<string, string>;
   isWithoutNsenter?: boolean;
@@ -181,7 +181,7 @@ const BROKEN: Record<string, Broken> = {
   "ip fails": { shims: { ip: "exit 1" }, says: /ip/ },
   "ip hangs": { shims: { ip: "exec sleep 60" }, says: /30 seconds/ },
   "the pod's ip hangs": {
-    // It enters the namespace by itself, or was started in another than ours.
+    // It was told to enter a namespace, or was started in the pod's.
     shims: {
       ip: `[ "$1" != -n ] || exec sleep 60
         [ /proc/$$/ns/net -ef /proc/$PPID/ns/net ] || exec sleep 60
@@ -202,8 +202,8 @@ const BROKEN: Record<string, Broken> = {
   },
 };
 
-Deno.test("a program that is missing, fails or hangs undoes an ADD", async () => {
-  // At once, since two of them wait for half a minute.
+Deno.test("ADD leaves nothing if a program is missing, fails or hangs", async () => {
+  // All at once, since two of them take half a minute.
   const cases = Object.entries(BROKEN);
   await Promise.all(cases.map(async ([what, broken]) => {
     await using place = await Place.prepare();
@@ -213,7 +213,7 @@ Deno.test("a program that is missing, fails or hangs undoes an ADD", async () =>
     const { shims, isWithoutNsenter, says } = broken;
     await node.sh("mkdir /opt/shims");
     if (!isWithoutNsenter) {
-      // The real one, since a shim's starts the ip of another PATH.
+      // The real one, since a shim would start the ip of another PATH.
       await node.sh("ln -s $(command -v nsenter) /opt/shims");
     }
     for (const [name, script] of Object.entries(shims)) {
@@ -261,19 +261,19 @@ Deno.test("pods may start and end at once", async () => {
   count("ADDs and DELs at once", 4 * SIZE.atOnce);
 });
 
-/** The kernel's memory that it cannot take back at will, in MiB. */
+/** The kernel's memory that it can't reclaim, in MiB. */
 async function kernelMemory(): Promise<number> {
   const text = await Deno.readTextFile("/proc/meminfo");
   const kB = text.matchAll(/^(?:SUnreclaim|Percpu): *(\d+)/gm);
   return Array.from(kB, ([, n]) => Number(n)).reduce((a, b) => a + b) / 1024;
 }
 
-Deno.test("a long life gives no address twice at a time", async () => {
+Deno.test("no two running pods ever share an address", async () => {
   const conf = { ...CONF, podcidr: "10.240.0.0/26" };
   await using node = await Node.start("node2", conf);
   const live = new Map<string, Pod>();
   let calls = 0;
-  // A sequence that looks random and is the same each time (Park and Miller).
+  // Random, but the same sequence each time (Park and Miller).
   let seed = 42;
   const random = () => (seed = seed * 48271 % 2147483647) / 2147483647;
   const end = async (address: string) => {
@@ -299,7 +299,7 @@ Deno.test("a long life gives no address twice at a time", async () => {
   assertEquals(await node.sh("ip link show type veth; ls /run/netns"), "");
   const log = await Deno.readTextFile(node.path("/var/log/cni.log"));
   assertEquals(log.match(/\n/g)?.length, calls);
-  if (SIZE.rounds >= 1000) { // few rounds, with other tests beside, tell nothing
+  if (SIZE.rounds >= 1000) { // fewer rounds drown in the other tests' noise
     await run(["sleep", "5"]); // the kernel ends namespaces when it likes
     const more = await kernelMemory() - memory;
     console.log(`The kernel holds ${more.toFixed(1)} MiB more than before`);
@@ -308,7 +308,7 @@ Deno.test("a long life gives no address twice at a time", async () => {
   count("rounds of ADD or DEL", SIZE.rounds);
 });
 
-/** Harm to the counter, made as root; and ADD's error, 0 for none. */
+/** Harm to the counter, done as root, and the code of ADD's error or 0. */
 const COUNTERS: Record<string, [prepare: string, code: number]> = {
   "a link to a file": ["ln -s /etc/victim $F", 5],
   "a link to nothing": ["ln -s /etc/nothing $F", 5],
@@ -327,7 +327,7 @@ const COUNTERS: Record<string, [prepare: string, code: number]> = {
   "huge": ["echo 99999999999999999999999 > $F", 0],
 };
 
-/** A counter that somebody locks for good: its ADD waits for a minute. */
+/** A counter that stays locked. ADD waits for a minute, beside other tests. */
 let lockedNode: Node;
 let locked: Promise<Answer>;
 Deno.test.beforeAll(async () => {
@@ -379,7 +379,7 @@ Deno.test("a log that cannot be written fails no pod", async () => {
   }
 });
 
-Deno.test("no input makes a line of the log", async () => {
+Deno.test("no input can forge a line of the log", async () => {
   await using node = await Node.start("node2");
   const pod = await node.sandbox("pod");
   const evil = "x\n2026-01-01T00:00:00.000Z ADD forged\r\u2028";
@@ -438,7 +438,7 @@ Deno.test("hostile input gets an error, and changes nothing", async () => {
     -1,
     1e400,
   ];
-  // At its end always something that no name may have.
+  // It always ends with a character that no name may have.
   const name = () =>
     pick(["a", "", "eth"]) + pick(BITS) + pick(BITS) + pick(["/", " ", "\n"]);
   const calls: (() => Promise<Answer>)[] = [
@@ -468,7 +468,7 @@ Deno.test("hostile input gets an error, and changes nothing", async () => {
   count("hostile inputs", SIZE.inputs);
 });
 
-/** What the plugin may not do; each line throws if Deno refuses it. */
+/** What the plugin must not do. Each line throws if Deno refuses it. */
 const FORBIDDEN = [
   'new Deno.Command("sh").outputSync()',
   'new Deno.Command("/bin/ls").outputSync()',
@@ -484,7 +484,7 @@ const FORBIDDEN = [
   'Deno.kill(1, "SIGCONT")',
 ];
 
-Deno.test("the plugin's permissions are those that it needs", async () => {
+Deno.test("the plugin has no permission that it does not need", async () => {
   const probe = await Deno.makeTempFile({ suffix: ".ts" });
   const binary = probe.replace(/\.ts$/, "");
   const lines = FORBIDDEN.map((line) =>
@@ -505,7 +505,7 @@ Deno.test("the plugin's permissions are those that it needs", async () => {
   count("forbidden acts", FORBIDDEN.length);
 });
 
-Deno.test("a lock on the counter is waited for, but not for ever", async () => {
+Deno.test("ADD waits for a lock on the counter, but not for ever", async () => {
   const { json, stdout } = await locked;
   assertEquals(json?.code, 11, stdout);
   assertMatch(json.msg, /last_allocated_ip is locked/);

@@ -1,6 +1,6 @@
 /**
- * The first call of a binary, at which Deno puts its cache beside it. What lies
- * there runs as root at each later call.
+ * The first call of a binary. Deno then puts its cache beside the binary, and
+ * runs that cache as root at each later call.
  *
  * @module
  */
@@ -9,7 +9,7 @@ import { addressOf, CONF_1_1, Node } from "../lab/node.ts";
 
 const CACHE = "/opt/cni/bin/.custom-cni";
 
-/** All files of the cache: the plugin's own code, and what was compiled. */
+/** All files of the cache: the plugin's source and its compiled code. */
 const files = async (node: Node) =>
   (await node.sh(`find ${CACHE} -type f -size +0`)).split("\n");
 
@@ -22,7 +22,7 @@ Deno.test("ten first calls at once all succeed", async () => {
   assertEquals((await files(node)).length, 2);
 });
 
-Deno.test("the cache is root's alone, though the runtime's umask is 0", async () => {
+Deno.test("only root can write the cache, even if the runtime's umask is 0", async () => {
   await using node = await Node.start("node1");
   const careless = "#!/bin/sh\numask 0\nexec /opt/cni/bin/custom-cni\n";
   const plugin = node.path("/opt/careless");
@@ -49,7 +49,7 @@ for (
     ["is gone", "rm $file"],
   ]
 ) {
-  Deno.test(`ADD gives a network though the cache ${what}`, async () => {
+  Deno.test(`ADD gives a network if the cache ${what}`, async () => {
     await using node = await Node.start("node1");
     const pods = [await node.start("alpine1")];
     for (const file of await files(node)) {
@@ -61,7 +61,7 @@ for (
   });
 }
 
-Deno.test("ADD gives a network where its folder can't be written", async () => {
+Deno.test("ADD gives a network if the binary's folder is read-only", async () => {
   await using node = await Node.start("node1");
   await node.sh(`mkdir /opt/fixed && mount -t tmpfs tmpfs /opt/fixed
     cp /opt/cni/bin/custom-cni /opt/fixed
@@ -72,7 +72,7 @@ Deno.test("ADD gives a network where its folder can't be written", async () => {
   assertMatch(await node.sh("ls /run/root/.local/share/custom-cni"), /\.cache/);
 });
 
-Deno.test("first calls that are killed leave nothing that harms", async () => {
+Deno.test("first calls that are killed leave nothing harmful", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   for (let killAfter = 2; killAfter < 26; killAfter += 2) {
     await node.sh(`rm -r ${CACHE}; install -dm700 ${CACHE}`);
@@ -82,7 +82,7 @@ Deno.test("first calls that are killed leave nothing that harms", async () => {
   }
 });
 
-Deno.test("a binary that is replaced while calls start fails none", async () => {
+Deno.test("no call fails if the binary is replaced while calls start", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   const plugin = "/opt/moved/custom-cni";
   const copy = `cp /opt/cni/bin/custom-cni ${plugin}`;

@@ -1,12 +1,12 @@
 /**
- * GC: it removes what the runtime does not list, and nothing that is another's.
+ * GC: it removes what the runtime does not list, and nothing of others.
  *
  * @module
  */
 import { assertEquals } from "@std/assert";
 import { CONF_1_1, Node } from "../lab/node.ts";
 
-Deno.test("GC removes what is stale in its network, and nothing else", async () => {
+Deno.test("GC removes stale attachments of its network, and nothing else", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   const name = "custom-cni2";
   const theirs = { ...CONF_1_1, name, podcidr: "10.9.9.0/24" };
@@ -24,12 +24,12 @@ Deno.test("GC removes what is stale in its network, and nothing else", async () 
   assertEquals((await node.cni("GC", undefined, { conf: gc })).code, 0);
   await node.remove(stale);
   assertEquals(await node.listing(kept), before);
-  // Two networks with ranges of their own, each at work.
+  // Two networks, each with its own pod CIDR, and both work.
   await node.ping("10.240.0.1", kept);
   await node.ping("10.9.9.1", other);
 });
 
-Deno.test("GC removes names in /run/netns that are another's", async () => {
+Deno.test("GC removes other programs' names in /run/netns", async () => {
   await using node = await Node.start("node1", CONF_1_1);
   await node.sh(`mkdir -p /run/netns
     ln -s /proc/4194305/ns/net /run/netns/qemu-1

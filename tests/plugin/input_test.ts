@@ -1,21 +1,21 @@
 /**
- * Bad input: the plugin answers the right error and changes nothing, on a node
- * that has a pod and a network of its own to lose.
+ * Bad input: the plugin answers with the right error and changes nothing, on a
+ * node that has a pod and a network to lose.
  */
 import { assertEquals, assertStringIncludes } from "@std/assert";
 import { CONF, Node, type Pod } from "../lab/node.ts";
 
 /** A part of a call, and how it can be bad. */
 interface Input {
-  /** A variable, a key of the configuration, "stdin", or the lab's "plugin". */
+  /** A variable, a key of the conf, "stdin", or the lab's "plugin". */
   at: string;
-  /** The error that all bad values get. */
+  /** The error's code for all bad values. */
   code: number;
-  /** Verbs that must find it; only ADD, unless given. */
+  /** Verbs that must refuse it; by default only ADD. */
   verbs?: string[];
   /** Values by what is bad about them. */
   bad: Record<string, unknown[]>;
-  /** Only the kernel can tell, and by then a number is spent. */
+  /** Only the kernel finds it, after ADD has taken a number. */
   isLate?: boolean;
 }
 
@@ -26,7 +26,7 @@ const INPUTS: Input[] = [
     at: "CNI_COMMAND",
     code: 4,
     bad: {
-      "is no verb": [
+      "is not a verb": [
         ...["FOO", "add", "ADD ", "constructor", "toString", "__proto__"],
       ],
     },
@@ -37,7 +37,7 @@ const INPUTS: Input[] = [
     verbs: ["ADD", "DEL"],
     bad: {
       "is missing": [undefined, ""],
-      "is more than a name": [
+      "is not a plain name": [
         ...["a/b", "..", ".a", "../../../tmp/x", "a b", "a\nb", "-h", "é"],
         "a".repeat(300),
       ],
@@ -49,7 +49,7 @@ const INPUTS: Input[] = [
     verbs: ["ADD", "DEL"],
     bad: {
       "is missing": [undefined, ""],
-      "is no interface's name": [
+      "is not an interface name": [
         ...[".", "..", "a/b", "a:b", "a b", "a\nb", "eth%d", "all", "default"],
         ...["é", "a".repeat(16)],
       ],
@@ -68,7 +68,7 @@ const INPUTS: Input[] = [
     at: "CNI_NETNS",
     code: 4,
     bad: {
-      "is no network namespace": [
+      "is not a network namespace": [
         ...["/run/netns/none", "/tmp/file", "/tmp", "/proc/self/ns/mnt"],
       ],
       "is the node's own": ["/proc/self/ns/net", "/tmp/link", "/tmp/own"],
@@ -78,26 +78,26 @@ const INPUTS: Input[] = [
   {
     at: "CNI_NETNS",
     code: 100,
-    bad: { "is a pipe, which blocks who opens it": ["/tmp/fifo"] },
+    bad: { "is a pipe, which blocks on opening": ["/tmp/fifo"] },
     isLate: true,
   },
   {
     at: "CNI_CONTAINERID",
     code: 4,
-    bad: { "is another namespace's name": ["taken"] },
+    bad: { "is the name of another namespace": ["taken"] },
   },
   {
     at: "stdin",
     code: 6,
     bad: {
-      "is no JSON": ["", " ", "{", "{}}", "\0", '{"a":\0}', `{"a":${DEEP}}`],
-      "is no object": ["[]", '"x"', "null", "5"],
+      "is not JSON": ["", " ", "{", "{}}", "\0", '{"a":\0}', `{"a":${DEEP}}`],
+      "is not an object": ["[]", '"x"', "null", "5"],
     },
   },
   {
     at: "plugin",
     code: 6,
-    bad: { "gets what is not UTF-8": ["/opt/latin1"] },
+    bad: { "gets a conf that is not UTF-8": ["/opt/latin1"] },
   },
   {
     at: "cniVersion",
@@ -110,40 +110,40 @@ const INPUTS: Input[] = [
   {
     at: "cniVersion",
     code: 7,
-    bad: { "is no string": [5, true, {}, ["1.0.0"]] },
+    bad: { "is not a string": [5, true, {}, ["1.0.0"]] },
   },
   {
     at: "name",
     code: 7,
     bad: {
       "is missing": [undefined, null, ""],
-      "is no string": [5, true, {}, ["net"]],
-      "is more than a name": ["a/b", "-a", "a\nb"],
+      "is not a string": [5, true, {}, ["net"]],
+      "is not a plain name": ["a/b", "-a", "a\nb"],
     },
   },
   {
     at: "dns",
     code: 7,
-    bad: { "is no object": ["x", 5, true, []] },
+    bad: { "is not an object": ["x", 5, true, []] },
   },
   {
     at: "mtu",
     code: 7,
     bad: {
-      "is no whole number": ["1400", 1400.5, true, {}, [1400]],
-      "is not what a link can have": [0, -1, 67, 65536, 1e99],
+      "is not a whole number": ["1400", 1400.5, true, {}, [1400]],
+      "is out of range": [0, -1, 67, 65536, 1e99],
     },
   },
   {
     at: "logLevel",
     code: 7,
-    bad: { "is no level": ["", "debug", "TRACE", 10, {}, ["DEBUG"]] },
+    bad: { "is not a level": ["", "debug", "TRACE", 10, {}, ["DEBUG"]] },
   },
   {
     at: "runtimeConfig",
     code: 7,
     bad: {
-      "asks for an address or a MAC of its own": [
+      "asks for an address or a MAC": [
         ...[{ ips: ["10.240.0.9/24"] }, { mac: "02:00:00:00:00:01" }],
       ],
     },
@@ -152,9 +152,9 @@ const INPUTS: Input[] = [
     at: "prevResult",
     code: 7,
     bad: {
-      "is no object": ["x", 5, true, []],
-      "is no result": [{ interfaces: {} }, { ips: "x" }, { routes: [5] }],
-      "has lists with null": [{ interfaces: [null] }, { ips: [{}, null] }],
+      "is not an object": ["x", 5, true, []],
+      "is not a result": [{ interfaces: {} }, { ips: "x" }, { routes: [5] }],
+      "has null in its lists": [{ interfaces: [null] }, { ips: [{}, null] }],
     },
   },
   {
@@ -168,8 +168,8 @@ const INPUTS: Input[] = [
     code: 7,
     verbs: ["GC"],
     bad: {
-      "is no list": ["x", 5, true, {}],
-      "lists what is none": [
+      "is not a list": ["x", 5, true, {}],
+      "has a bad entry": [
         ...[["x"], [[]], [{}], [{ containerID: "x" }], [null]],
       ],
     },
@@ -178,12 +178,12 @@ const INPUTS: Input[] = [
     at: "podcidr",
     code: 7,
     bad: {
-      "is no string": [undefined, null, 5, true, {}, ["10.240.1.0/24"]],
-      "is no range": [
+      "is not a string": [undefined, null, 5, true, {}, ["10.240.1.0/24"]],
+      "is not an IPv4 range": [
         ...["", "10.240.1.0", "10.240.1.0/", "10.240.1/24", "10.240.1.0.0/24"],
         ...["fd00::/64", "256.0.0.0/8", "10.240.1.0/33", "10.240.1.0/+24"],
       ],
-      "is written in another way": [
+      "is written differently": [
         ...["010.240.1.0/24", "10.240.1.0/024", "0xa.0.0.0/8"],
         ...[" 10.240.1.0/24", "10.240.1.0/24 ", "10.240.1.0/24\n"],
       ],
@@ -198,7 +198,7 @@ const INPUTS: Input[] = [
     at: "podcidr",
     code: 7,
     bad: {
-      "overlaps what lan0 or cni0 has": [
+      "overlaps an address of lan0 or cni0": [
         ...["10.99.0.0/24", "10.99.0.0/16", "10.99.0.0/30", "10.240.0.0/16"],
       ],
     },
@@ -206,7 +206,7 @@ const INPUTS: Input[] = [
   },
 ];
 
-/** All that must not change. A carrier comes and goes in its own time. */
+/** All that must not change, without the carrier, which changes by itself. */
 const LISTING = String.raw`
   look() { printf 'link\naddr\nroute show table all\n' | ip -4 "$@" -batch -; }
   { look; for netns in $(ls /run/netns); do look -n $netns; done; } |
@@ -246,7 +246,7 @@ Deno.test.afterAll(async () => {
   await busy.node[Symbol.asyncDispose]();
 });
 
-/** Sends all values, and compares what is there with before. */
+/** Sends all values, and checks that nothing has changed. */
 async function send(
   { at, code, isLate }: Input,
   values: unknown[],
@@ -255,7 +255,7 @@ async function send(
 ) {
   const isVariable = at.startsWith("CNI_");
   const look = async () => {
-    // A bridge that a failed ADD made may stay, where it is nobody's.
+    // The bridge of a failed ADD may stay, if nobody had one before.
     if (isLate && node === fresh.node) {
       await node.sh("ip link del cni0 || true");
     }
@@ -275,7 +275,7 @@ async function send(
     assertEquals(Object.keys(json).join(), "cniVersion,code,msg,details", said);
     if (code === 4) assertStringIncludes(json.msg, at);
   };
-  // The late ones would meet each other's interfaces.
+  // Late ones one by one: they would collide in the pod's interface.
   if (!isLate) await Promise.all(values.map(one));
   else for (const value of values) await one(value);
   assertEquals(await look(), before);
@@ -287,7 +287,7 @@ for (const input of INPUTS) {
       const name = `${verb} answers error ${input.code} if ${input.at} ${what}`;
       Deno.test(name, async () => {
         const pod = verb === "ADD" ? busy.pod : running;
-        // What ADD has begun it takes back, on a fresh node as well.
+        // ADD undoes what it began, on a fresh node too.
         await Promise.all(
           [{ ...busy, pod }, ...input.isLate ? [fresh] : []]
             .map((place) => send(input, values, verb, place)),

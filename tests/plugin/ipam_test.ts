@@ -18,15 +18,15 @@ for (const [text, [prefix, first, last]] of Object.entries(GOOD)) {
   });
 }
 
-// One for each reason; input_test.ts sends many more to the plugin.
+// One for each reason. input_test.ts sends many more to the plugin.
 const BAD: [value: unknown, reason: string][] = [
   [undefined, "podcidr is missing"],
   [["10.240.1.0/24"], "not an IPv4 range"],
   ["010.240.1.0/24", "not an IPv4 range"],
-  ["256.0.0.0/8", "parts up to 255"],
+  ["256.0.0.0/8", "at most 255"],
   ["10.0.0.0/7", "from /8 to /30"],
   ["10.240.1.0/31", "from /8 to /30"],
-  ["10.240.1.0/23", "behind the prefix /23"],
+  ["10.240.1.0/23", "after the prefix /23"],
   ["0.0.0.0/8", "not a range for hosts"],
   ["127.0.0.0/8", "not a range for hosts"],
   ["224.0.0.0/24", "not a range for hosts"],

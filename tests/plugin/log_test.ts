@@ -1,6 +1,6 @@
 /**
  * What the plugin tells its operator: the lines of /var/log/cni.log by level,
- * and what it says to who runs it by hand.
+ * and its words if you run it by hand.
  *
  * @module
  */
@@ -8,7 +8,7 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { conf, Node } from "../lab/node.ts";
 import { assertError } from "./answer.ts";
 
-Deno.test("the log has one line a call, and not for everybody", async () => {
+Deno.test("the log has one line a call, and not everybody may read it", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("alpine1");
   await node.cni("ADD", pod);
@@ -28,7 +28,7 @@ Deno.test("the log has one line a call, and not for everybody", async () => {
   assertEquals((await Deno.stat(log)).mode! & 0o777, 0o640);
 });
 
-Deno.test("the log's steps can be pasted, and do what ADD did", async () => {
+Deno.test("the log's steps do what ADD did if you paste them", async () => {
   await using node = await Node.start("node1", conf({ logLevel: "DEBUG" }));
   const log = async () =>
     (await Deno.readTextFile(node.path("/var/log/cni.log"))).trimEnd()
@@ -44,13 +44,13 @@ Deno.test("the log's steps can be pasted, and do what ADD did", async () => {
   assert(steps.some((line) => /^nsenter .* ip addr add .*\/24/.test(line)));
   assertEquals((await node.cni("DEL", pod)).code, 0);
   await node.sh("ip link del cni0");
-  // The counter is the plugin's own, and stands where it stood.
+  // The steps do not include the counter, which stays as it is.
   await node.sh(steps.map((line) => `${line} > /dev/null`).join("\n"));
   assertEquals(withoutIndexes(await node.listing(pod)), withoutIndexes(added));
   await node.ping("10.240.0.1", pod);
 });
 
-/** A listing without the numbers that the kernel gives to links in turn. */
+/** A listing without the kernel's indexes of links. */
 const withoutIndexes = (listing: string) =>
   listing.replaceAll(/^\d+: |@if\d+/gm, "");
 
@@ -60,7 +60,7 @@ for (
     { logLevel: "ERROR", lines: 1 },
   ]
 ) {
-  Deno.test(`the log of ${logLevel} has its lines and no others`, async () => {
+  Deno.test(`the log has ${lines} of two lines if logLevel is ${logLevel}`, async () => {
     await using node = await Node.start("node1", conf({ logLevel }));
     const pod = await node.start("alpine1");
     assertError(await node.cni("ADD", pod), 100, /exists/);
@@ -69,7 +69,7 @@ for (
   });
 }
 
-Deno.test("run by hand it says what it is, and where to look", async () => {
+Deno.test("the plugin says what it is and where to look if run by hand", async () => {
   await using node = await Node.start("node1");
   const { code, stdout, stderr } = await node.run("/opt/cni/bin/custom-cni");
   assertEquals([code, stdout], [0, ""]);

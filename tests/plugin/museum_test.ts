@@ -1,7 +1,7 @@
 /**
- * A museum of bugs. Each test is named after what a faithful copy of the
- * tutorial's shell script gets wrong, and shows that this plugin gets it right.
- * Together they are the reason why it is longer than the script.
+ * A museum of bugs. Each test shows one thing that the tutorial's shell script
+ * gets wrong and this plugin gets right. Together they are the reason why the
+ * plugin is longer than the script.
  *
  * @module
  */
@@ -46,7 +46,7 @@ Deno.test("the node keeps its eth0", async () => {
   assertEquals(await eth0(), before);
 });
 
-Deno.test("pods started at once have an address each", async () => {
+Deno.test("pods that start at once get different addresses", async () => {
   await using node = await Node.start("node1");
   const names = Array.from({ length: 50 }, (_, i) => `nginx${i}`);
   const pods = await Promise.all(names.map((name) => node.start(name)));
@@ -96,12 +96,12 @@ Deno.test("a /20 works as well", async () => {
   await node.start("alpine1");
   await node.setCounter(255);
   const { json, ...pod } = await node.start("nginx1");
-  // No address of a /24, which had ended before.
+  // A /24 would have ended before this address.
   assertEquals(json.ips[0].address, "10.240.17.0/20");
   await node.ping("10.240.16.2", pod);
 });
 
-Deno.test("DEL takes the interface though the namespace lives on", async () => {
+Deno.test("DEL removes the interface even if the namespace lives on", async () => {
   await using node = await Node.start("node1");
   const pod = await node.start("alpine1");
   await node.cni("DEL", pod);

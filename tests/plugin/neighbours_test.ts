@@ -1,8 +1,7 @@
 /**
- * What one pod may do to its neighbours, the node and the other pods: play the
- * router of their IPv6, and change the MAC of the bridge by its coming and
- * going. What a pod sends to harm others is sent, as frames that are made here
- * byte for byte.
+ * What one pod may do to its neighbours, the node and the other pods: pretend
+ * to be their IPv6 router, or change the bridge's MAC when it starts or ends.
+ * Pods send real frames, which are made here byte by byte.
  *
  * @module
  */
@@ -14,7 +13,7 @@ const macOf = ({ json }: Answer): string => json.interfaces[0].mac;
 /** The bytes of a MAC. */
 const mac = (text: string) => text.split(":").map((byte) => parseInt(byte, 16));
 
-/** The bytes of "fe80::1": what is before the "::", and what is behind it. */
+/** The bytes of an IPv6 address with "::", such as "fe80::1". */
 function ipv6(text: string): number[] {
   const [head, tail] = text.split("::").map((part) =>
     part.split(":").filter(Boolean).flatMap((word) => bytes(2, `0x${word}`))
@@ -22,7 +21,7 @@ function ipv6(text: string): number[] {
   return [...head, ...Array(16 - head.length - tail.length).fill(0), ...tail];
 }
 
-/** A number in so many bytes, the highest first. */
+/** A number as so many bytes, the highest first. */
 const bytes = (size: number, value: string | number) =>
   Array.from({ length: size }, (_, i) => Number(value) >>> 8 * (size - 1 - i))
     .map((it) => it & 255);
@@ -59,7 +58,7 @@ function advertisement(from: string, to: string): number[] {
 
 const ALL_NODES = "33:33:00:00:00:01";
 
-/** Perl, which is on each Debian: sends a frame by a socket of packet(7). */
+/** Sends a frame through a packet(7) socket. Every Debian has Perl. */
 const SEND = `my ($times, $pause, $eth0, $hex) = @ARGV;
 socket(my $socket, 17, 3, 0) or die $!;
 for (1 .. $times) {
@@ -67,7 +66,7 @@ for (1 .. $times) {
   select(undef, undef, undef, $pause);
 }`;
 
-/** Lets a pod send a frame by its eth0, some times, with a pause in seconds. */
+/** Sends a frame from a pod's eth0, some times, with a pause in seconds. */
 async function send(
   node: Node,
   pod: Pod,
@@ -81,7 +80,7 @@ async function send(
   await node.in(pod, `sh -c '${line} > /dev/null ${end}'`);
 }
 
-/** The routes that a router advertised, of the node or of a pod. */
+/** The advertised routes that the node or a pod has accepted. */
 const advertised = (node: Node, pod?: Pod) => {
   const line = "ip -6 route show default";
   return pod ? node.in(pod, line) : node.sh(line);
@@ -91,7 +90,7 @@ for (
   const { which, before } of [
     { which: "a new cni0", before: ":" },
     {
-      which: "a cni0 that was there before",
+      which: "an existing cni0",
       before: `ip link add cni0 up type bridge
         sysctl -qw net.ipv6.conf.cni0.accept_ra=1`,
     },
@@ -103,18 +102,18 @@ for (
     },
   ]
 ) {
-  Deno.test(`the node takes no IPv6 route from a pod, by ${which}`, async () => {
+  Deno.test(`the node accepts no IPv6 route from a pod through ${which}`, async () => {
     await using node = await Node.start("node1");
     await node.sh(before);
     const pod = await node.start("alpine1");
     const cni0 = pod.json.interfaces[2].mac;
     for (const to of [ALL_NODES, cni0]) {
       await send(node, pod, advertisement(macOf(pod), to));
-      await node.ping("10.240.0.1", pod); // it has arrived before
+      await node.ping("10.240.0.1", pod); // the frame has arrived before this
       assertEquals(await advertised(node), "", to);
       assertEquals(await node.sh("ip -6 addr show scope global"), "", to);
     }
-    // And it is the plugin's doing.
+    // And the plugin's setting is the reason.
     await node.sh("sysctl -qw net.ipv6.conf.cni0.accept_ra=1");
     await send(node, pod, advertisement(macOf(pod), cni0));
     await node.ping("10.240.0.1", pod);
@@ -122,10 +121,10 @@ for (
   });
 }
 
-Deno.test("a pod takes an IPv6 route from another", async () => {
+Deno.test("a pod accepts an IPv6 route from another", async () => {
   await using node = await Node.start("node1");
   const router = await node.start("alpine1");
-  // It never stops: whoever is up for a moment before it is deaf, hears it.
+  // It never stops, so a pod that is up before it is deaf would hear it.
   const flood = {
     times: 20_000,
     pause: 0.001,
@@ -139,28 +138,28 @@ Deno.test("a pod takes an IPv6 route from another", async () => {
   await node.ping(addressOf(pod), router);
   assertEquals(await advertised(node, pod), "");
   assertEquals(await advertised(node), "");
-  // And that is what does it.
+  // And the setting is the reason.
   await node.in(pod, "sysctl -qw net.ipv6.conf.eth0.accept_ra=1");
   await send(node, router, straight);
   await node.ping(addressOf(pod), router);
   assertMatch(await advertised(node, pod), /via fe80::bad dev eth0/);
 });
 
-Deno.test("ADD and DEL leave the bridge its MAC", async () => {
+Deno.test("ADD and DEL do not change the bridge's MAC", async () => {
   await using node = await Node.start("node1");
   const mac = () => node.sh("ip -o link show cni0 | grep -o 'ether [^ ]*'");
   const a = await node.start("alpine1");
   const before = await mac();
   assertEquals(before, `ether ${a.json.interfaces[2].mac}`);
-  // A bridge without a MAC of its own takes the lowest one of its ports.
+  // A bridge without a fixed MAC takes the lowest one of its ports.
   const b = await node.start("nginx1");
   for (const pod of [a, b]) await node.cni("DEL", pod);
   assertEquals(await mac(), before);
 });
 
-Deno.test("pods lose their gateway when the one that lent cni0 its MAC ends", async () => {
+Deno.test("pods lose their gateway when the pod whose MAC cni0 has ends", async () => {
   await using node = await Node.start("node1");
-  // By the shell script: a bridge has the lowest MAC of its ports.
+  // As the shell script leaves it: the bridge has the lowest MAC of its ports.
   await node.sh(`ip link add cni0 up type bridge
     ip addr add 10.240.0.1/24 dev cni0
     ip link add old0 up type veth peer name old1

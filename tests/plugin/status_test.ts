@@ -1,6 +1,6 @@
 /**
- * STATUS: it fails where no ADD can succeed, and for no other reason, since a
- * node whose STATUS fails is NotReady.
+ * STATUS: it fails only if no ADD can succeed, since it makes the whole node
+ * NotReady.
  *
  * @module
  */
@@ -13,7 +13,7 @@ import {
   type Pod,
 } from "../lab/node.ts";
 
-Deno.test("a full range turns the whole node NotReady", async () => {
+Deno.test("a full pod CIDR makes the whole node NotReady", async () => {
   const full = { ...CONF_1_1, podcidr: "10.9.9.0/29" };
   await using node = await Node.start("node1", full);
   const pods: (Pod & Answer)[] = [];

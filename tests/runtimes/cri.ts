@@ -1,6 +1,6 @@
 /**
- * containerd, called over its socket as a kubelet calls it: the tutorial's pods
- * as sandboxes with containers, on two nodes that each have a containerd.
+ * containerd, called through its socket, as a kubelet does. It runs the
+ * tutorial's pods as sandboxes with containers, on two nodes.
  *
  *     deno test -A tests/runtimes/cri.ts
  *
@@ -16,7 +16,7 @@ import { inOrder, type Message, Runtimes, until } from "./runtimes.ts";
 const before = await machine();
 const SERVICE = "10.96.0.20";
 
-/** Which containerd, and the version that the conf asks for. */
+/** The releases of containerd, and the conf's cniVersion. */
 const RUNS = [
   { name: "containerd 1.6", releases: ["bookworm"], cniVersion: "0.3.1" },
   {
@@ -40,7 +40,7 @@ async function networkReady(node: Runtimes): Promise<Message> {
   return status.conditions.find(isIt);
 }
 
-/** A request from within a container, by its own wget. */
+/** Requests a page from inside a container, by its own wget. */
 function request(from: Pod, address: string): Promise<string> {
   const line = ["timeout", "2", "wget", "-qO-", `http://${address}/`];
   return from.node.exec(from.container, ...line);
@@ -49,7 +49,7 @@ function request(from: Pod, address: string): Promise<string> {
 for (const { name, releases, cniVersion } of RUNS) {
   Deno.test({
     name: `${name} runs the tutorial's pods, with CNI ${cniVersion}`,
-    // What is left open is the client's; it ends with the nodes.
+    // The client leaves some resources open, which end with the nodes.
     sanitizeOps: false,
     sanitizeResources: false,
     fn: async (t) => {
@@ -69,7 +69,7 @@ for (const { name, releases, cniVersion } of RUNS) {
       const pods: Record<string, Pod> = {};
 
       await step(
-        "the node is not ready before the conf is there",
+        "the node is not ready without a conf",
         async () => {
           for (const node of nodes) {
             await node.startContainerd();
@@ -81,7 +81,7 @@ for (const { name, releases, cniVersion } of RUNS) {
         },
       );
 
-      await step("the node is ready after", async () => {
+      await step("the node is ready with the conf", async () => {
         for (const node of nodes) {
           await node.sh(`mv /run/conf ${CONF_FILE}`);
           const isReady = async () => (await networkReady(node)).status;
@@ -91,14 +91,14 @@ for (const { name, releases, cniVersion } of RUNS) {
 
       if (cniVersion === "1.1.0") {
         await step(
-          "STATUS: the node is not ready if no ADD would succeed",
+          "STATUS: the node is not ready if no ADD can succeed",
           async () => {
             const address = "10.240.0.77/24 dev enp0s3";
             await node2.sh(`ip addr add ${address}`);
             const isReady = async () => (await networkReady(node2)).status;
             await until("not ready", async () => !await isReady());
             const { message } = await networkReady(node2);
-            assert(message.includes("to 10.240.0.0/24 is by enp0s3"), message);
+            assert(message.includes("to 10.240.0.0/24 uses enp0s3"), message);
             await node2.sh(`ip addr del ${address}`);
             await until("the node is ready again", isReady);
           },
@@ -150,11 +150,11 @@ for (const { name, releases, cniVersion } of RUNS) {
       );
 
       await step(
-        "a Service leads to its pods, also to the asking one",
+        "a Service leads to its pods, even to the calling one",
         async () => {
           const { alpine1, nginx1, nginx2 } = pods;
           await assertRejects(() => request(alpine1, SERVICE), Error, "wget");
-          // In short what kube-proxy writes.
+          // What kube-proxy writes, in short.
           const nat = "iptables -w -t nat";
           const own = "10.240.0.0/24";
           await node2.sh(
@@ -173,7 +173,7 @@ for (const { name, releases, cniVersion } of RUNS) {
       );
 
       await step(
-        "pods keep their network while containerd is killed and started",
+        "pods keep their network if containerd is killed and restarted",
         async () => {
           const { alpine1, nginx1, nginx2 } = pods;
           await node2.killContainerd();
@@ -188,7 +188,7 @@ for (const { name, releases, cniVersion } of RUNS) {
       );
 
       await step(
-        "20 sandboxes at once: all different, all reach the gateway",
+        "20 sandboxes at once have different addresses, and reach the gateway",
         async () => {
           const names = Array.from({ length: 20 }, (_, n) => `many${n}`);
           const sandboxes = await Promise.all(
@@ -204,7 +204,7 @@ for (const { name, releases, cniVersion } of RUNS) {
           await Promise.all(
             sandboxes.map((sandbox) => node2.removeSandbox(sandbox)),
           );
-          // The three pods are there, and nothing of the twenty.
+          // The three pods are left, and nothing of the twenty.
           const links = await node2.sh(
             "ip -br link show type veth | grep veth",
           );
@@ -214,10 +214,10 @@ for (const { name, releases, cniVersion } of RUNS) {
       );
 
       await step(
-        "stopped and removed, nothing is left of a pod",
+        "nothing is left of pods that are stopped and removed",
         async () => {
           for (const node of nodes) {
-            // As a kubelet does, also what failed before the conf was there.
+            // As a kubelet does, including those that failed without a conf.
             for (const { id } of (await node.cri("ListPodSandbox")).items) {
               await node.removeSandbox({ id });
             }

@@ -1,6 +1,6 @@
 /**
- * The plugin with the `ip` of other releases of Debian: its own tests, each run
- * with that one first on the PATH, of the plugin and of the lab alike.
+ * The plugin's tests with the `ip` of other Debian releases, which comes first
+ * on the PATH of the plugin and of the lab.
  *
  *     deno test -A tests/runtimes/ip.ts
  *
@@ -17,7 +17,7 @@ const TESTS = ["add", "del", "check", "gc", "museum", "conformance"]
 for (const release of IP_RELEASES) {
   const PATH = `${ipFolder(release)}:${Deno.env.get("PATH")}`;
   const { code, stdout } = await run(["ip", "-V"], { env: { PATH } });
-  if (code) throw new Error("First: deno task e2e");
+  if (code) throw new Error("Run this first: deno task e2e");
   Deno.test(`the plugin's tests pass with ${stdout.trim()} (${release})`, async () => {
     const command = [Deno.execPath(), "test", "-A", "--no-check", ...TESTS];
     const env = { PATH, NO_COLOR: "1" };

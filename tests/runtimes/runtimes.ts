@@ -1,10 +1,10 @@
 /**
- * A node of the lab with real container runtimes on it, as if Debian's packages
- * were installed there, and a client that talks to containerd as a kubelet does.
+ * A node of the lab with real container runtimes, as if Debian's packages were
+ * installed there, and a client that calls containerd, as a kubelet does.
  *
  * @module
  */
-// Not in deno.json: the plugin's build is to have nothing of npm in sight.
+// Not in deno.json, so that the plugin's build sees nothing of npm.
 // deno-lint-ignore no-import-prefix
 import * as grpc from "npm:@grpc/grpc-js@1.13.4";
 // deno-lint-ignore no-import-prefix
@@ -20,7 +20,7 @@ const SOCKET = "/run/containerd/containerd.sock";
 /** The image of every container here: busybox. */
 export const IMAGE = "localhost/box:1";
 
-/** Mounts the cgroups: the second version, or the first where that is in use. */
+/** Mounts cgroups of version 2, or of version 1 if that is in use. */
 const CGROUPS = `set -e
 v1=$(sed -n 's/^[1-9][0-9]*:\\([^:]*\\):.*/\\1/p' /proc/self/cgroup)
 if [ "$v1" ]; then
@@ -50,8 +50,8 @@ join() {
 `;
 
 /**
- * The node's runtimes live in a pid namespace, so that none outlives it, and
- * in cgroups of their own. `cat` ends with this program, and all with it.
+ * The node's runtimes run in a PID namespace, so that none outlives it, and in
+ * their own cgroups. `cat` ends with this program, and everything with `cat`.
  */
 const RUNTIMES = `trap '' INT
 ${CGROUPS}
@@ -66,7 +66,7 @@ for group in $groups; do
   done
 done`;
 
-/** The same, from within; $1: folders of unpacked packages, first one wins. */
+/** Inside that namespace. $1: folders of unpacked packages, the first wins. */
 const INSIDE = `set -e
 mount -t proc proc /proc
 umount -R /sys/fs/cgroup
@@ -90,7 +90,7 @@ END
 echo ready
 cat`;
 
-/** What nsenter does not do: into the node's cgroups. */
+/** Joins the node's cgroups, which nsenter does not. */
 const JOIN = `for group in /sys/fs/cgroup/init /sys/fs/cgroup/*/init; do
   [ ! -d $group ] || echo 0 > $group/cgroup.procs
 done`;
@@ -98,7 +98,7 @@ done`;
 // deno-lint-ignore no-explicit-any -- the messages of api.proto
 export type Message = any;
 
-/** Runtimes on a node; `await using` ends them, and all they started. */
+/** Runtimes on a node. `await using` ends them and all that they started. */
 export class Runtimes implements AsyncDisposable {
   #client?: grpc.Client;
 
@@ -162,7 +162,7 @@ export class Runtimes implements AsyncDisposable {
     return `/proc/${this.#init}/root${path}`;
   }
 
-  /** Starts containerd, and returns when it answers, to a kubelet, too. */
+  /** Starts containerd, and waits until it answers `ctr` and the CRI. */
   async startContainerd(): Promise<void> {
     await this.sh(`
       setsid containerd -c /run/containerd.toml >> /run/containerd.log 2>&1 &
@@ -176,7 +176,7 @@ export class Runtimes implements AsyncDisposable {
     });
   }
 
-  /** Ends containerd as the kernel would; its containers go on. */
+  /** Kills containerd. Its containers go on. */
   async killContainerd(): Promise<void> {
     await this.sh("kill -9 $(cat /run/containerd.pid)");
   }
@@ -216,7 +216,7 @@ export class Runtimes implements AsyncDisposable {
     return { id, config };
   }
 
-  /** A container in a sandbox, started. */
+  /** Starts a container in a sandbox, and returns its ID. */
   async runContainer(
     sandbox: { id: string; config: Message },
     ...args: string[]
@@ -230,13 +230,13 @@ export class Runtimes implements AsyncDisposable {
     return container_id;
   }
 
-  /** The address that PodSandboxStatus tells. */
+  /** The address that PodSandboxStatus reports. */
   async address({ id }: { id: string }): Promise<string> {
     const request = { pod_sandbox_id: id };
     return (await this.cri("PodSandboxStatus", request)).status.network.ip;
   }
 
-  /** ExecSync: what a command wrote in a container; throws if it failed. */
+  /** ExecSync: runs a command in a container; throws if it fails. */
   async exec(container_id: string, ...cmd: string[]): Promise<string> {
     const request = { container_id, cmd, timeout: 20 };
     const { exit_code, stdout, stderr } = await this.cri("ExecSync", request);
@@ -251,8 +251,8 @@ export class Runtimes implements AsyncDisposable {
   }
 
   /**
-   * What the plugin, the plugins after it and libcni could leave behind, as
-   * lines: links but the bridge, names of namespaces, rules, results.
+   * What the plugin, later plugins and libcni could leave behind, as lines:
+   * links except the bridge, names of namespaces, rules, results.
    */
   async leftovers(): Promise<string[]> {
     const found = await this.sh(`
@@ -268,13 +268,13 @@ export class Runtimes implements AsyncDisposable {
 
 const Service = await (async () => {
   const proto = join(DEBS, "cri-forky", API);
-  if (!await exists(proto)) throw new Error("First: deno task e2e");
+  if (!await exists(proto)) throw new Error("Run this first: deno task e2e");
   const definition = loadSync(proto, { keepCase: true, defaults: true });
   const { runtime } = grpc.loadPackageDefinition(definition) as Message;
   return runtime.v1.RuntimeService;
 })();
 
-/** Waits for at most half a minute, or as said, until something is so. */
+/** Waits until something is so, by default at most half a minute. */
 export async function until(
   what: string,
   isSo: () => Promise<boolean>,
@@ -289,7 +289,7 @@ export async function until(
   }
 }
 
-/** Steps that build upon each other: none follows one that failed. */
+/** Steps that build upon each other: after a failed one none runs. */
 export function inOrder(t: Deno.TestContext) {
   return async (name: string, run: () => Promise<void>): Promise<void> => {
     if (!await t.step(name, run)) throw new Error(`No step after "${name}"`);

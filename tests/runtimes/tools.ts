@@ -1,6 +1,6 @@
 /**
  * Other programs that call CNI plugins, each in its own way: cnitool (libcni
- * itself, with plugins after ours too), containerd's `ctr`, and podman.
+ * itself, also with plugins after ours), containerd's `ctr`, and podman.
  *
  *     deno test -A tests/runtimes/tools.ts
  *
@@ -15,7 +15,7 @@ import { IMAGE, inOrder, Runtimes, until } from "./runtimes.ts";
 const before = await machine();
 const PLUGINS = "/opt/cni/bin:/usr/lib/cni";
 
-/** A test on one node with these releases' packages; its steps in order. */
+/** Defines a test on one node with the packages of these releases. */
 function onNode(
   name: string,
   releases: string[],
@@ -44,7 +44,7 @@ function cnitool(
   return host.run(line, { CNI_PATH: PLUGINS, ...env });
 }
 
-/** The same; throws unless it succeeds. */
+/** The same; it must succeed. */
 async function mustCnitool(...call: Parameters<typeof cnitool>) {
   const { code, stdout, stderr } = await cnitool(...call);
   assertEquals(code, 0, stdout + stderr);
@@ -60,7 +60,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
       await host.sh("ip netns add a; ip netns add b");
 
       if (cniVersion === "1.1.0") {
-        await step("STATUS tells whether an ADD would succeed", async () => {
+        await step("STATUS says whether an ADD would succeed", async () => {
           await mustCnitool(host, "status", CONF.name, "a");
           await host.sh("ip addr add 10.240.0.77/24 dev lo");
           const { code, stderr } = await cnitool(
@@ -70,7 +70,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
             "a",
           );
           assert(code !== 0);
-          assertMatch(stderr, /its route to 10\.240\.0\.0\/24 is by lo/);
+          assertMatch(stderr, /its route to 10\.240\.0\.0\/24 uses lo/);
           await host.sh("ip addr del 10.240.0.77/24 dev lo");
         });
       }
@@ -84,7 +84,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
         await host.sh("ip netns exec a ping -qc1 -W2 10.240.0.3");
       });
 
-      await step("CHECK sees what is there, and what is missing", async () => {
+      await step("CHECK fails if something is missing", async () => {
         const check = () => cnitool(host, "check", CONF.name, "a");
         const { code, stderr } = await check();
         if (cniVersion === "0.3.1") {
@@ -99,9 +99,9 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
       });
 
       if (cniVersion === "1.1.0") {
-        await step("GC removes what the runtime knows no more", async () => {
-          // libcni itself sends a DEL for each result that it has and that is
-          // not in the list; without one it is up to the plugin.
+        await step("GC removes what the runtime no longer knows", async () => {
+          // libcni sends a DEL for each of its results that is not in the
+          // list. Without results, the plugin has to do it.
           const gc = (list: string) =>
             host.sh(
               `CNI_PATH=${PLUGINS} ${DEBS}/libcni/gc ${CONF.name} '${list}'`,
@@ -119,7 +119,7 @@ for (const cniVersion of ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]) {
         });
       }
 
-      await step("DEL, once and again: nothing is left", async () => {
+      await step("DEL leaves nothing, and may be repeated", async () => {
         for (const netns of ["a", "b", "a"]) {
           await mustCnitool(host, "del", CONF.name, netns);
         }
@@ -186,13 +186,13 @@ onNode(
       setsid ip netns exec pod busybox httpd -p 80 -h /run/www`);
     });
 
-    await step("portmap: the node's port leads to the pod", async () => {
+    await step("portmap: a port of the node leads to the pod", async () => {
       const outside = `ip netns exec outside ${get} http://10.0.2.15`;
       assertEquals(await host.sh(`${outside}:8080/`), "pod");
       assert((await host.run(`${outside}:8081/`)).code !== 0);
     });
 
-    await step("bandwidth: what is too much waits, both ways", async () => {
+    await step("bandwidth: excess packets wait, both ways", async () => {
       await host.sh(`head -c 3000000 /dev/zero > /run/www/zero
       setsid ip netns exec outside busybox httpd -p 80 -h /run/www
       ip netns exec pod ${get} http://10.0.2.2/zero > /dev/null
@@ -206,18 +206,18 @@ onNode(
       }
     });
 
-    await step("tuning: MTU and sysctl are the pod's", async () => {
+    await step("tuning: the pod has its own MTU and sysctl", async () => {
       assertMatch(await host.sh("ip -n pod link show eth0"), /mtu 1400/);
       const ttl = "cat /proc/sys/net/ipv4/ip_default_ttl";
       assertEquals(await host.sh(`ip netns exec pod ${ttl}`), "9");
       assertEquals(await host.sh(ttl), "64");
     });
 
-    await step("firewall: the pod gets out where FORWARD drops", async () => {
+    await step("firewall: the pod gets out even if FORWARD drops", async () => {
       const ping = "ip netns exec pod ping -qc1 -W2 10.0.2.2";
       await host.sh(`iptables -P FORWARD DROP; ${ping}`);
-      // portmap 1.1.1 itself finds no IPv6 rules for a pod without IPv6. So it is
-      // the last, and the only one to complain until the firewall's rule is gone.
+      // portmap 1.1.1 complains about missing IPv6 rules even if the pod has no
+      // IPv6. It comes last, so no other plugin complains before the flush.
       const check = () => cnitool(host, "check", "chain", "pod", env);
       assertMatch((await check()).stderr, /^could not check ipv6 dnat/);
       await host.sh("iptables-save > /run/rules; iptables -F CNI-FORWARD");
@@ -228,7 +228,7 @@ onNode(
     });
 
     await step(
-      "DEL of the chain leaves no rule, no qdisc, no link",
+      "DEL of the chain leaves no rule, qdisc or link",
       async () => {
         const before = (await host.leftovers()).join("\n");
         const traces = [
@@ -273,7 +273,7 @@ for (const releases of [["bookworm"], ["forky", "bookworm"]]) {
       assertEquals(said, "web\n");
     });
 
-    await step("its DEL without CNI_NETNS leaves nothing", async () => {
+    await step("DEL without CNI_NETNS leaves nothing", async () => {
       await host.sh("ctr task kill -s KILL web");
       const isGone = async () => (await host.sh("ctr c ls -q")) === "";
       await until("the container is gone", isGone);
@@ -292,7 +292,7 @@ onNode("podman, with CNI as its network backend", ["bookworm"], async (
   const podman = "timeout 60 podman";
   const run = `${podman} run --ulimit host --network ${CONF.name}`;
 
-  await step("it lists the network of a .conflist", async () => {
+  await step("podman lists the network of a .conflist", async () => {
     const list = {
       ...{ cniVersion: CONF.cniVersion, name: CONF.name },
       plugins: [{ type: CONF.type, podcidr: CONF.podcidr }],
@@ -323,7 +323,7 @@ END`);
     assertEquals(await host.sh(`${run} --rm ${IMAGE} ${get}`), "web");
   });
 
-  await step("removed, nothing is left", async () => {
+  await step("nothing is left of a removed container", async () => {
     await host.sh(`${podman} rm -f -t 0 web`);
     assertEquals(await host.leftovers(), []);
   });
