@@ -34,7 +34,17 @@ async function refusal(line: string): Promise<string> {
   return stderr;
 }
 
+/** Containers mount files over those in /etc. No user may overlay these. */
+const IS_CONTAINER = / \/etc\//.test(Deno.readTextFileSync("/proc/mounts"));
+
 Deno.test("a plain user walks through the tutorial, below /mnt, in a folder with a blank", async () => {
+  if (IS_CONTAINER) {
+    const said = await refusal(`${USER} ${RIGHTS} lab`);
+    return assertMatch(
+      said,
+      /^This kernel lets no plain user .* Run it as root/,
+    );
+  }
   const { code, stdout, stderr } = await onLaptop(
     `${USER} $deno tests/setup/enter.ts run -A ${TUTORIAL}`,
   );
@@ -95,13 +105,15 @@ Deno.test("rights.ts says that the kernel gives users no namespaces", async () =
 Deno.test("rights.ts says that the kernel's module is not loaded", async () => {
   const said = await refusal(`
     mount -t tmpfs tmpfs /proc/sys/net
-    ${USER} ${RIGHTS} lab`);
+    ${RIGHTS} lab > /dev/null`);
   assertMatch(said, /sudo modprobe br_netfilter$/m);
 });
 
-Deno.test("rights.ts names a folder that is another user's", async () => {
-  const said = await refusal(`${USER} ${RIGHTS} lab`);
-  assertMatch(said, /^\/mnt\/c\/Meine Übung 1\/.* can't be written by you/);
+Deno.test("rights.ts names a folder that can't be written", async () => {
+  const said = await refusal(`
+    mount -o remount,bind,ro .
+    ${RIGHTS} lab`);
+  assertMatch(said, /^You can't write to \/mnt\/c\/Meine Übung 1/);
 });
 
 Deno.test("rights.ts says that a first run has too little space", async () => {

@@ -61,7 +61,7 @@ function obstacle(task: string): string | undefined {
   }
   for (const folder of ["", "dist", "vendor"]) {
     if (!isWritable(`${ROOT}/${folder}`)) {
-      return `${ROOT}/${folder} can't be written by you: it is another user's`;
+      return `You can't write to ${ROOT}/${folder}. Who owns it?`;
     }
   }
   const free = freeSpace();
