@@ -193,12 +193,13 @@ interface NodeState {
   readyBridge?: Link;
   /** Whether the node's route to its pods goes through the bridge. */
   hasRoute: boolean;
-  /** Whether the veth exists. */
+  /** Whether the veth exists, if the question was asked. */
   hasVeth: boolean;
 }
 
 /**
- * Looks at the node: the bridge, one veth, and the routes into the pod CIDR.
+ * Looks at the node: the bridge, perhaps one veth, and the routes into the pod
+ * CIDR.
  * The answer of `ip` does not grow with the number of pods.
  *
  * @throws {CNIError} 7 if cni0 is not a bridge or has an address of another
@@ -206,7 +207,7 @@ interface NodeState {
  */
 export async function lookAtNode(
   podCIDR: PodCIDR,
-  veth = "veth1", // never a pod's: 1 is the gateway's number
+  veth?: string,
 ): Promise<NodeState> {
   const gateway = ipam.address(podCIDR, 1);
   const cidr = `${gateway}/${podCIDR.prefix}`;
@@ -215,7 +216,7 @@ export async function lookAtNode(
     route show root ${podCIDR.text}
     route show table local root ${podCIDR.text}
     addr show dev ${BRIDGE}
-    link show dev ${veth}`;
+    ${veth ? `link show dev ${veth}` : ""}`;
   const answers = await ip(look, "-force", "-details");
   const routes: Route[] = answers.filter((it) => it.dst);
   const links: Link[] = answers.filter((it) => it.ifname);
@@ -306,13 +307,13 @@ async function usedNumbers(podCIDR: PodCIDR): Promise<Set<number>> {
     const [, digits] = /^veth(\d+)$/.exec(link.ifname) ?? [];
     used.add(Number(digits));
     // A host veth that somebody renamed still has its MAC.
-    used.add(numberOf(link, podCIDR));
+    used.add(numberInMAC(link, podCIDR));
   }
   return new Set([...used].filter((n) => ipam.isForPod(podCIDR, n)));
 }
 
 /** The number in the MAC of a host veth; NaN for any other link. */
-export function numberOf({ address = "" }: Link, podCIDR: PodCIDR): number {
+export function numberInMAC({ address = "" }: Link, podCIDR: PodCIDR): number {
   if (!address.startsWith(HOST_MAC)) return NaN;
   const bytes = address.split(":").slice(2).map((hex) => parseInt(hex, 16));
   return ipam.numberOf(podCIDR, bytes.join("."));
@@ -666,6 +667,9 @@ function checkConf(conf: Any, since: string): void {
   if (conf[ATTACHMENTS] !== undefined && !isAttachments(conf[ATTACHMENTS])) {
     refuse(conf, ATTACHMENTS, "a list of objects with containerID and ifname");
   }
+  if (cniVersion === undefined) {
+    fail(1, "cniVersion is missing", `use one of ${VERSIONS}`);
+  }
   if (!VERSIONS.includes(cniVersion)) {
     fail(1, `cniVersion "${cniVersion}" is unknown`, `use one of ${VERSIONS}`);
   }
@@ -863,14 +867,20 @@ interface Output {
   stderr: string;
 }
 
-/** Stops programs that hang, half a minute after the first one started. */
+/** When programs that hang are stopped. */
 let deadline: AbortSignal | undefined;
+
+/** Half a minute after the first program of the call started. */
+function callDeadline(): AbortSignal {
+  deadline ??= AbortSignal.timeout(30_000);
+  return deadline;
+}
 
 /** Runs a program. @throws {CNIError} 100 if it can't start, or hangs. */
 export async function run(
   command: string[],
   input = "",
-  late = deadline ??= AbortSignal.timeout(30_000),
+  late = callDeadline(),
 ): Promise<Output> {
   const [program, ...args] = command;
   let child: Deno.ChildProcess;

@@ -558,7 +558,7 @@ async function lookAtVeths({ podCIDR }: Setup): Promise<Problem[]> {
   const problems: Problem[] = [];
   for (const link of links) {
     const { ifname, master } = link;
-    const n = plugin.numberOf(link, podCIDR);
+    const n = plugin.numberInMAC(link, podCIDR);
     if (!ipam.isForPod(podCIDR, n)) continue;
     const podIP = ipam.address(podCIDR, n);
     if (master !== "cni0") {

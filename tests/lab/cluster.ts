@@ -1,13 +1,13 @@
 /**
- * The tutorial's machines: two nodes with enp0s3 on one network, a router that
- * is their way out, and a host on the internet.
+ * The tutorial's machines: two nodes with enp0s3 on one network, a router, and a
+ * host on the internet.
  *
  *     node1 10.0.2.14 ─┐
  *                      ├─ router 10.0.2.2 ─── internet 203.0.113.8
  *     node2 10.0.2.15 ─┘
  *
- * As on the tutorial's machines, FORWARD drops what no rule accepts (Docker
- * sets that), and bridged packets go through it as well.
+ * As on the tutorial's machines, FORWARD drops what no rule accepts (Docker sets
+ * that policy), and bridged packets pass through FORWARD, too.
  *
  * @module
  */
@@ -15,7 +15,7 @@ import { join } from "@std/path/posix/join";
 import { CONF, hear, Node, run } from "./node.ts";
 import { ROOT } from "../setup/root.ts";
 
-/** What a capture saw: one packet at one interface. */
+/** One packet at one interface. */
 export interface Sighting {
   /** Seconds and nanoseconds, all of one length: text that can be sorted. */
   time: string;
@@ -30,13 +30,13 @@ export interface Sighting {
 /** Prints the TCP packets of a network namespace. */
 const PACKETS = join(ROOT, "tests/lab/packets.pl");
 
-/** One of the pods of pods.yaml, and the node that it is to run on. */
+/** A pod of pods.yaml, and its node. */
 export interface Manifest {
   name: string;
   node: string;
 }
 
-/** Reads the pods from pods.yaml: no more YAML than that file has. */
+/** Reads pods.yaml. It understands only the YAML of that file. */
 export async function readPods(): Promise<Manifest[]> {
   const yaml = await Deno.readTextFile(join(ROOT, "pods.yaml"));
   return yaml.split(/^---$/m).map((document) => ({
@@ -53,7 +53,7 @@ export class Cluster implements AsyncDisposable {
     readonly node2: Node,
   ) {}
 
-  /** Starts the machines and lays the cables; null leaves out the plugin. */
+  /** Starts the machines and connects them; null leaves out the plugin. */
   static async start(conf: typeof CONF | null = CONF): Promise<Cluster> {
     const [router, node1, node2] = await Promise.all([
       Node.start("router", null),
@@ -100,8 +100,8 @@ export class Cluster implements AsyncDisposable {
 }
 
 /**
- * Looks at every interface of some places while `action` runs, and tells where
- * its TCP packets passed, in their order.
+ * Watches every interface of some places while `action` runs, and returns where
+ * its TCP packets passed, in order.
  */
 export async function capture(
   places: Record<string, string[]>,

@@ -1,13 +1,13 @@
 /**
- * The machine that the nodes are on: it must be afterwards as it was before.
+ * The machine below the nodes. The lab must leave it unchanged.
  *
  * @module
  */
 import { run } from "./node.ts";
 
 /**
- * What a node, a runtime or a kubelet could leave, as text to compare. Left out
- * is what the kernel and the machine's own daemons change meanwhile.
+ * Lists what a node, a runtime or a kubelet could leave behind, as text to
+ * compare, without what the kernel and the machine's daemons change meanwhile.
  */
 export async function machine(): Promise<string> {
   const { stdout } = await run([

@@ -1,11 +1,10 @@
 /**
- * A Kubernetes node without Kubernetes: one process in namespaces of its own,
- * in which the plugin finds its real paths, and a few lines that do what a
- * kubelet's container runtime does. Tests import it; run as a program it shows
- * the plugin at work.
+ * A Kubernetes node without Kubernetes: one process in its own namespaces, where
+ * the plugin finds its real paths. A few lines do the work of a kubelet's
+ * container runtime.
  *
- * Nothing of the machine is changed. The namespaces hold the links, the rules
- * and the files, and end with their last process, which ends with this one.
+ * The machine stays as it is. Links, rules and files belong to the namespaces,
+ * and these end with this program.
  *
  * @module
  */
@@ -23,20 +22,20 @@ export const CONF = JSON.parse(
   Deno.readTextFileSync(join(ROOT, "10-custom-cni.conf")),
 );
 
-/** How a command ended, and what it wrote. */
+/** A command's exit status and output. */
 export interface Output {
   code: number;
   stdout: string;
   stderr: string;
 }
 
-/** What a runtime gives to a plugin, where it isn't the usual. */
+/** What a runtime passes to a plugin, if it is not the usual. */
 export interface CallOptions {
   conf?: unknown;
-  /** Variables to set, or to leave out with undefined. */
+  /** Variables to set; undefined leaves one out. */
   env?: Record<string, string | undefined>;
   plugin?: string;
-  /** When to end it with SIGKILL, in milliseconds. */
+  /** When to send SIGKILL, in milliseconds. */
   killAfter?: number;
 }
 
@@ -46,32 +45,32 @@ export interface Answer extends Output {
   json: any;
 }
 
-/** A sandbox as a container runtime makes it: a namespace with a name. */
+/** A sandbox, as a container runtime makes it: a namespace with a name. */
 export interface Pod {
   name: string;
   containerID: string;
   netns: string;
 }
 
-/** The tutorial's configuration with some changes. */
+/** The tutorial's conf with some changes. */
 export const conf = (changes: Record<string, unknown>) => ({
   ...CONF,
   ...changes,
 });
 
-/** The one for the version that brought GC and STATUS. */
+/** The conf for the version that brought GC and STATUS. */
 export const CONF_1_1 = conf({ cniVersion: "1.1.0" });
 
 const PATH = Deno.env.get("PATH")!;
 
-/** A PATH on which the programs of `shim()` come first. */
+/** A PATH on which the scripts of `shim()` come first. */
 export const SHIM_PATH = `/opt/shims:${PATH}`;
 
-/** What an ADD answered: the pod's address, without its prefix. */
+/** The pod's address in the result of ADD, without its prefix. */
 export const addressOf = ({ json }: Answer): string =>
   json.ips[0].address.split("/")[0];
 
-/** What an ADD answered: the host veth of the pod. */
+/** The host veth in the result of ADD. */
 export const vethOf = ({ json }: Answer): string => json.interfaces[1].name;
 
 /** Runs a command for at most two minutes. */
@@ -103,7 +102,7 @@ export async function run(
   const writer = child.stdin.getWriter();
   await writer.write(new TextEncoder().encode(options.stdin ?? ""))
     .then(() => writer.close())
-    .catch(() => {}); // it did not want to read
+    .catch(() => {}); // it ended without reading
   const { code, stdout, stderr } = await child.output();
   clearTimeout(kill);
   const decoder = new TextDecoder();
@@ -114,7 +113,7 @@ export async function run(
   };
 }
 
-/** Reads what a program writes until it says some words, and returns all. */
+/** Reads a program's output up to some words, and returns it. */
 export async function hear(
   stream: ReadableStream<Uint8Array>,
   words: string,
@@ -131,18 +130,18 @@ export async function hear(
 }
 
 /**
- * What makes a process a node: its network, mounts and name are its own, and a
- * fresh sysfs shows that network. Where the repository or Deno lie in a folder
- * that is covered, they are put back, read-only. Who enters by /run/shell finds
- * both of them at hand. `cat` waits for the end of its stdin, which comes with
- * the end of this program, however that ends.
+ * Turns a process into a node. It has its own network, mounts and name, and a
+ * fresh sysfs shows that network. The checkout and Deno may lie in a folder that
+ * is covered, so both are put back, read-only. /run/shell starts a shell that
+ * finds them. `cat` waits for the end of its stdin, which comes when this
+ * program ends, in whatever way.
  */
 const NODE = `set -e
 name=$1 root=$(realpath "$2") deno=$(dirname "$(realpath "$3")") binary=$4
 mount --make-rprivate /
 hostname "$name"
 mount -t sysfs sysfs /sys
-# Either may lie below /mnt, which is covered now.
+# Either may lie below /mnt, which is covered next.
 exec 3< "$root" 4< "$deno"
 mount -t tmpfs tmpfs /mnt
 cd /mnt
@@ -159,12 +158,12 @@ for kept in root deno; do
   eval path=\\$$kept
   mkdir -p "$path"
   mount --bind $kept "$path"
-  # In a user namespace a mount may lose no such flag that it had before.
+  # In a user namespace a mount must keep these flags if it had them.
   mount -o remount,bind,ro,nosuid,nodev "$path"
 done
 cd /
 umount -l /mnt
-# tcpdump becomes another user, whom its package makes where it is installed.
+# tcpdump becomes another user. Only an installed package creates that user.
 grep tcpdump /etc/passwd > /dev/null || {
   { cat /etc/passwd; echo tcpdump:x:0:0::/:/bin/sh; } > /run/passwd
   mount --bind /run/passwd /etc/passwd
@@ -196,7 +195,7 @@ export class Node implements AsyncDisposable {
     this.#process = process;
   }
 
-  /** Starts a node; with a conf it has the plugin, as a kubelet expects it. */
+  /** Starts a node. With a conf, the plugin is installed for a kubelet. */
   static async start(name: string, conf: unknown = CONF): Promise<Node> {
     const process = new Deno.Command("unshare", {
       args: [
@@ -213,7 +212,7 @@ export class Node implements AsyncDisposable {
     return node;
   }
 
-  /** Ends the node, and with it its namespaces, links and files. */
+  /** Ends the node with its namespaces, links and files. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#process.stdin.close();
     await this.#process.stdout.cancel();
@@ -225,12 +224,12 @@ export class Node implements AsyncDisposable {
     return this.#process.pid;
   }
 
-  /** A path of the node, seen from outside. */
+  /** The path outside of a path on the node. */
   path(path: string): string {
     return `/proc/${this.pid}/root${path}`;
   }
 
-  /** Writes the node's network configuration. */
+  /** Writes the node's conf. */
   async configure(conf: unknown): Promise<void> {
     const file = this.path(CONF_FILE);
     await Deno.writeTextFile(file, JSON.stringify(conf, null, 2) + "\n");
@@ -239,7 +238,7 @@ export class Node implements AsyncDisposable {
   /** The words that run a command in the node. */
   enter(...command: string[]): string[] {
     const namespaces = ["-n", "-m", "-u"];
-    // Its root and folder too, or who is in a chroot would leave that.
+    // Its root and folder, too: otherwise a lab in a chroot would leave it.
     const folders = ["-r", "-w"];
     return [
       ...["nsenter", `-t${this.pid}`, ...namespaces, ...folders, "--"],
@@ -247,19 +246,19 @@ export class Node implements AsyncDisposable {
     ];
   }
 
-  /** Runs a command in the node, whatever its status. */
+  /** Runs a command in the node; any exit status is fine. */
   run(...command: string[]): Promise<Output> {
     return run(this.enter(...command));
   }
 
-  /** Runs a shell line in the node, and throws unless it succeeds. */
+  /** Runs a shell line in the node; throws if it fails. */
   async sh(line: string): Promise<string> {
     const { code, stdout, stderr } = await this.run("sh", "-c", line);
     if (code) throw new Error(`${this.name}# ${line}: ${stderr}${stdout}`);
     return stdout.trimEnd();
   }
 
-  /** Makes a sandbox, as the runtime does before it calls the plugin. */
+  /** Makes a sandbox, as a runtime does before ADD. */
   async sandbox(name: string): Promise<Pod> {
     const id = crypto.randomUUID();
     await this.sh(`ip netns add cni-${id}`);
@@ -267,12 +266,12 @@ export class Node implements AsyncDisposable {
     return { name, containerID, netns: `/var/run/netns/cni-${id}` };
   }
 
-  /** Ends a sandbox, as the runtime does after DEL. */
+  /** Removes a sandbox, as a runtime does after DEL. */
   async remove(pod: Pod): Promise<void> {
     await this.sh(`ip netns del ${pod.netns.split("/").pop()}`);
   }
 
-  /** Calls the plugin as a runtime does: variables, the conf on stdin. */
+  /** Calls the plugin as a runtime does, with variables and the conf on stdin. */
   async cni(verb: string, pod?: Pod, call: CallOptions = {}): Promise<Answer> {
     const path = this.path(CONF_FILE);
     const conf = call.conf ?? await Deno.readTextFile(path);
@@ -295,12 +294,12 @@ export class Node implements AsyncDisposable {
     try {
       json = JSON.parse(output.stdout);
     } catch {
-      // Some verbs answer nothing.
+      // Some verbs have no result.
     }
     return { ...output, json };
   }
 
-  /** A pod from nothing to a network; throws unless the plugin gives it one. */
+  /** Makes a sandbox and calls ADD; throws if that fails. */
   async start(name: string, call?: CallOptions): Promise<Pod & Answer> {
     const pod = await this.sandbox(name);
     const answer = await this.cni("ADD", pod, call);
@@ -314,25 +313,25 @@ export class Node implements AsyncDisposable {
     return this.enter("ip", "netns", "exec", netns, ...command);
   }
 
-  /** Runs a command line in a pod; throws unless it succeeds. */
+  /** Runs a shell line in a pod; throws if it fails. */
   in(pod: Pod, line: string): Promise<string> {
     return this.sh(`ip netns exec ${pod.netns.split("/").pop()} ${line}`);
   }
 
-  /** A packet there and back, from a pod or the node; throws if it's lost. */
+  /** Sends a packet there and back, from a pod or the node; throws if lost. */
   ping(to: string, from?: Pod, wait = 5): Promise<string> {
     const line = `ping -c1 -W${wait} ${to}`;
     return from ? this.in(from, line) : this.sh(line);
   }
 
-  /** Makes n the number that was given last. */
+  /** Writes the counter: n is the last number given. */
   async setCounter(n: number): Promise<void> {
     await this.sh(`echo ${n} > /tmp/last_allocated_ip`);
   }
 
   /**
-   * Writes a script that stands in for a program of its name, by SHIM_PATH. Its
-   * own PATH is the usual one, where it finds the program itself.
+   * Writes a script that replaces a program on SHIM_PATH. The script itself has
+   * the usual PATH, so it finds the real program.
    */
   async shim(name: string, script: string): Promise<void> {
     await this.sh("mkdir -p /opt/shims");
@@ -341,7 +340,7 @@ export class Node implements AsyncDisposable {
     await Deno.writeTextFile(file, text, { mode: 0o755 });
   }
 
-  /** Starts a web server in a namespace of the node, until the node ends. */
+  /** Starts a web server in a namespace. It ends with the node. */
   async serve(netns: string, greeting: string): Promise<void> {
     const folder = `/run/www/${netns.split("/").pop()}`;
     const answer = `#!/bin/sh\necho; echo "${greeting} sees $REMOTE_ADDR"\n`;
@@ -355,9 +354,9 @@ export class Node implements AsyncDisposable {
   }
 
   /**
-   * What a call may change, as text to compare: links, addresses and routes of
-   * the node (and of a pod), and its files. Left out is what the kernel settles
-   * later, such as the carrier, and the log and Deno's cache.
+   * Lists what a call may change, as text to compare: links, addresses, routes
+   * and files of the node, and of a pod. The carrier is left out, since the
+   * kernel settles it later, and so are the log and Deno's cache.
    */
   listing(pod?: Pod): Promise<string> {
     const netns = pod ? `"-n ${pod.netns.split("/").pop()}"` : "";

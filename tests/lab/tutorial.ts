@@ -1,6 +1,6 @@
 /**
- * The tutorial on one machine, step by step: what fails before a command works
- * after it. Every line that follows a prompt was run, every output is real.
+ * The tutorial on one machine, step by step: something fails before a command and
+ * works after it. Each line behind a prompt is run, and each output is real.
  *
  * @module
  */
@@ -21,9 +21,9 @@ const HELP =
   `Walks through the tutorial: two nodes, three pods, on this machine.
 
   --step N   stop after step N (1 to 6)
-  --keep     leave the nodes standing at the end, until Ctrl-C
-  --quiet    one line a step
-  --help     this text`;
+  --keep     keep the nodes at the end, until Ctrl-C
+  --quiet    print one line a step
+  --help     print this text`;
 
 /** The machines, and the pods once they are there. */
 interface World {
@@ -31,7 +31,7 @@ interface World {
   pods: Record<string, Pod & { node: Node; address: string }>;
 }
 
-/** What a node has for who enters it. */
+/** Starts a shell in a node. */
 const SHELL = "/run/shell";
 
 /** The Service of nginx2, as a cluster's DNS would name it. */
@@ -55,7 +55,7 @@ async function setup(node: Node, flags: string, status = 0): Promise<void> {
   expect(code === status, `${line} on ${node.name}`);
 }
 
-/** A request from a pod or a node that must work, or fail. */
+/** Sends a request from a pod or a node; it must work, or fail. */
 async function request(
   from: { name: string; enter: string[] },
   to: string,
@@ -88,17 +88,17 @@ const STEPS: Step<World>[] = [
 async function pods(world: World): Promise<void> {
   const { node2 } = world.cluster;
   say(`
-Two nodes stand on one network, each with the plugin and a conf of its own, the
-way a kubelet finds them. A router leads to the internet. FORWARD drops, since
-that is how Docker leaves it.
+Two nodes are on one network. Each has the plugin and its own conf, where a
+kubelet looks for them. A router leads to the internet. The policy of FORWARD is
+DROP, as Docker leaves it.
 
 ${picture()}`);
   await on(node2, "ls /opt/cni/bin /etc/cni/net.d");
   await on(node2, "cat /etc/cni/net.d/10-custom-cni.conf");
   say(`
-The kubelet has the pods of pods.yaml started. For each the container runtime
-makes a network namespace, puts who it is for into CNI_* variables, writes the
-conf to the plugin's stdin, and reads the result.`);
+The kubelet wants the pods of pods.yaml. For each pod, the container runtime
+makes a network namespace and runs the plugin: the pod in CNI_* variables, the
+conf on stdin. Then it reads the result from stdout.`);
   for (const { name, node: nodeName } of await readPods()) {
     const node = world.cluster.node(nodeName);
     const isFirst = Object.keys(world.pods).length === 0;
@@ -115,9 +115,9 @@ conf to the plugin's stdin, and reads the result.`);
     if (isFirst) {
       show(node.name, call, pod.stdout);
       say(`
-These are the steps that the plugin took. With "logLevel": "DEBUG" in the conf,
-as for this one pod, its log has each line that it gave to ip, ready to be
-pasted. Compare them with those of the script.`);
+This is what the plugin did. With "logLevel": "DEBUG" in the conf, as for this
+one pod, the log has each command, ready to paste. Compare them with the
+script's.`);
       await on(node, "cut -d ' ' -f 2- /var/log/cni.log");
     } else say(`\n${node.name}: ADD gives ${name} ${pod.json.ips[0].address}`);
     await node.serve(pod.netns, `${name} on ${node.name}`);
@@ -128,20 +128,20 @@ pasted. Compare them with those of the script.`);
   }
   const { alpine1 } = world.pods;
   say(`
-On the node: a bridge with the gateway's address, and the host end of each pod's
-veth pair. Its alias tells whose it is.`);
+On the node: a bridge with the gateway's address, and the host veth of each pod.
+Its alias names the pod's container.`);
   await on(node2, "ip -4 -br addr; ip link show master cni0");
   say(`
-In the pod: the other end, by the name that the runtime asked for. The plugin
-named the namespace after the container, so \`ip netns exec\` finds it.`);
+In the pod: the other end of the pair, with the name that the runtime asked for.
+The plugin named the namespace after the container, so \`ip netns exec\` works.`);
   const exec = `ip netns exec ${alpine1.containerID}`;
   await on(node2, `${exec} ip -4 addr show eth0`);
   await on(node2, `${exec} ip route`);
   await on(node2, `${exec} ping -c1 10.240.0.1`);
   say(`
-The counter goes up by one for each pod; at the usual level the log has a line
-for each call; and node-setup.ts looks at the node, with a command for each
-trouble that it finds. The next steps are about them.`);
+The counter went up by one for each pod. At its usual level the log has one line
+a call. And node-setup.ts --check finds what is missing, with the command that
+fixes it. The next steps do that.`);
   await on(node2, "cat /tmp/last_allocated_ip; tail -n 1 /var/log/cni.log");
   await setup(node2, "--check --dry-run --peer 10.0.2.14", 1);
 }
@@ -150,12 +150,12 @@ trouble that it finds. The next steps are about them.`);
 async function sameNode({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx1 } = pods;
   say(`
-alpine1 and nginx1 hang on one bridge, and yet: bridged packets go through
-iptables (net.bridge.bridge-nf-call-iptables=1), and FORWARD drops them.`);
+alpine1 and nginx1 are on one bridge. But bridged packets pass through iptables
+(net.bridge.bridge-nf-call-iptables=1), and FORWARD drops them.`);
   await on(cluster.node2, "iptables -S FORWARD");
   await request(fromPod(alpine1), nginx1.address, "fails");
   say(`
-Two rules on each node let packets from and to its pods pass.`);
+Two rules on each node accept packets from its pods and to its pods.`);
   await setup(cluster.node2, "--only forward --peer 10.0.2.14");
   await setup(cluster.node1, "--only forward --peer 10.0.2.15");
   await request(fromPod(alpine1), nginx1.address, "works");
@@ -166,31 +166,31 @@ async function acrossNodes({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx2 } = pods;
   say(`
 nginx2 is on the other node. node2 has no route to 10.240.1.0/24, so it sends
-the packet to its default gateway, and the router knows no pods.`);
+the packet to its default gateway. That router knows no pods.`);
   await on(cluster.node2, `ip route get ${nginx2.address}`);
   await request(fromPod(alpine1), nginx2.address, "fails");
   say(`
-Each node learns where the other's pods are. It takes both: the answer has to
+Each node gets a route to the other node's pods. Both need it: the answer must
 find its way back.`);
   await setup(cluster.node2, "--only routes --peer 10.0.2.14");
   await setup(cluster.node1, "--only routes --peer 10.0.2.15");
   const seen = await request(fromPod(alpine1), nginx2.address, "works");
   expect(seen.includes(alpine1.address), "nginx2 sees the pod's own address");
   say(`
-nginx2 sees the pod's own address as the source. With the next step's rule that
-will change.`);
+nginx2 sees the pod's own address as the source. The next step's rule changes
+that.`);
 }
 
 /** Step 4: a source that the internet can answer. */
 async function internet({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx2 } = pods;
   say(`
-203.0.113.8 stands for the internet. The packet gets there, but its source is
-10.240.0.2, to which nobody out there has a route: no answer comes.`);
+203.0.113.8 stands for the internet. The packet gets there. But its source is
+10.240.0.2, and nobody out there has a route to that: no answer comes.`);
   await request(fromPod(alpine1), "203.0.113.8", "fails");
   say(`
-MASQUERADE puts the node's address in its place, on all that leaves the node by
-another way than cni0, and puts the pod's back into the answer.`);
+MASQUERADE replaces the source by the node's address, in each packet that leaves
+the node by an interface other than cni0. In the answer it puts the pod's back.`);
   await setup(cluster.node2, "--peer 10.0.2.14");
   await setup(cluster.node1, "--peer 10.0.2.15");
   const seen = await request(fromPod(alpine1), "203.0.113.8", "works");
@@ -198,19 +198,19 @@ another way than cni0, and puts the pod's back into the answer.`);
   const node = await request(fromPod(alpine1), nginx2.address, "works");
   expect(node.includes("10.0.2.15"), "nginx2 sees the node's address");
   say(`
-The rule says "not by cni0", and enp0s3 is not cni0: so nginx2, too, sees
-10.0.2.15 now, the address of alpine1's node. (--keep-source leaves the pod's.)`);
+The rule says "not cni0", and enp0s3 is not cni0. So nginx2 now sees 10.0.2.15,
+too, the address of alpine1's node. (With --keep-source it sees the pod's.)`);
 }
 
-/** Step 5: an address that is no host's. */
+/** Step 5: an address that no host has. */
 async function service({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx1, nginx2 } = pods;
   say(`
-A Service's address is no interface's. On every node kube-proxy rewrites the
-destination to a pod's, and then the network of the steps before carries it. A
-pod that reaches itself this way needs two things more: kube-proxy's MASQUERADE,
-or it would see itself as the source, and the hairpin mode that the plugin gives
-its port, or the bridge would not send a packet back where it came from.`);
+No interface has a Service's address. On each node kube-proxy rewrites it to a
+pod's address, and the network of the steps before carries the packet. A pod that
+reaches itself this way needs two more things. kube-proxy's MASQUERADE: otherwise
+it would see itself as the source. And hairpin mode, which the plugin sets on its
+port: otherwise the bridge sends no packet back where it came from.`);
   for (const node of [cluster.node1, cluster.node2]) {
     await node.sh(
       `iptables-restore --noflush << 'END'\n${kubeProxy(nginx2.address)}\nEND`,
@@ -231,14 +231,14 @@ its port, or the bridge would not send a packet back where it came from.`);
   }
 }
 
-/** Step 6: the same requests, looked at on every interface. */
+/** Step 6: the same requests, watched on each interface. */
 async function packets({ cluster, pods }: World): Promise<void> {
   const { alpine1, nginx1, nginx2 } = pods;
   const { node1, node2, router } = cluster;
   say(`
-Every interface was watched, as tcpdump does it, while the first packet of a
-request went there and the answer came back. A mark shows where an address
-changes. cni0 shows also what it only bridges, since it was set promiscuous.`);
+Each interface is watched, as by tcpdump, while the first packet of a request
+goes there and its answer comes back. A mark shows where an address changes. cni0
+is promiscuous here, so you also see what it only bridges.`);
   const places: Record<string, string[]> = {
     alpine1: node2.enterPod(alpine1),
     node2: node2.enter(),
@@ -275,7 +275,7 @@ changes. cni0 shows also what it only bridges, since it was set promiscuous.`);
   }
 }
 
-/** The interfaces on the way, in one line. */
+/** The interfaces that a packet passed, in one line. */
 function path(sightings: Sighting[]): string {
   const stops = sightings.map(({ place, dev }, i) => {
     if (place === "router") return place;
@@ -284,7 +284,7 @@ function path(sightings: Sighting[]): string {
   return "  " + stops.filter((stop, i) => stop !== stops[i - 1]).join(" > ");
 }
 
-/** Where a packet was seen, with a mark where an address is another. */
+/** Where a packet was seen, with a mark where an address changed. */
 function trace(sightings: Sighting[]): string {
   return sightings.map(({ place, dev, way, source, destination }, i) => {
     const last = sightings[i - 1] ?? { source, destination };
@@ -295,7 +295,7 @@ function trace(sightings: Sighting[]): string {
   }).join("\n").replaceAll(/ +$/gm, "");
 }
 
-/** The nodes with their addresses; the pods' are those that ADD will give. */
+/** The nodes with their addresses, and the pods with those they will get. */
 function picture(): string {
   return `\
    node2 · 10.0.2.15                              node1 · 10.0.2.14
@@ -314,7 +314,7 @@ function picture(): string {
                        internet · 203.0.113.8`;
 }
 
-/** What kube-proxy writes for a Service with one pod behind it, in short. */
+/** The rules of kube-proxy for a Service with one pod, in short. */
 function kubeProxy(pod: string): string {
   return `*nat
 :KUBE-SERVICES - [0:0]
@@ -336,7 +336,7 @@ function fromPod(pod: Pod & { node: Node }): { name: string; enter: string[] } {
   return { name: pod.name, enter: pod.node.enterPod(pod) };
 }
 
-/** The end: what was set up is taken back, and nothing is left. */
+/** The end: everything is undone, and nothing is left. */
 async function end({ cluster, pods }: World): Promise<void> {
   const { node1, node2 } = cluster;
   say("\nThe pods end: the runtime calls DEL, then removes the namespace.");
@@ -353,7 +353,7 @@ async function end({ cluster, pods }: World): Promise<void> {
   expect(!rules.includes("10.240.1.0"), "nothing is left of node-setup.ts");
 }
 
-/** Leaves the nodes standing until Ctrl-C, and tells how to get in. */
+/** Keeps the nodes until Ctrl-C, and prints how to enter them. */
 async function keep({ cluster, pods }: World): Promise<void> {
   const places: [name: string, words: string[]][] = [];
   for (const node of [cluster.node1, cluster.node2, cluster.router]) {
@@ -362,7 +362,7 @@ async function keep({ cluster, pods }: World): Promise<void> {
   for (const pod of Object.values(pods)) {
     places.push([pod.name, pod.node.enterPod(pod, SHELL, pod.name)]);
   }
-  // Another terminal of a plain user is not yet in the lab's user namespace.
+  // A plain user's other terminal is outside the lab's user namespace.
   const ofUser = Deno.env.has("LAB_OF_USER");
   const user = ofUser ? " -U --preserve-credentials" : "";
   const who = ofUser ? "the same user" : "root";

@@ -1,4 +1,4 @@
-/** The tutorial behaves as it says, and the machine stays as it was. */
+/** The tutorial does what it says, and the machine stays as it was. */
 import { assert, assertEquals, assertStringIncludes } from "@std/assert";
 import { join } from "@std/path/posix/join";
 import { machine } from "./machine.ts";
@@ -9,7 +9,7 @@ const TUTORIAL = [
   ...[Deno.execPath(), "run", "-A", join(ROOT, "tests/lab/tutorial.ts")],
 ];
 
-Deno.test("each step of the tutorial fails before and works after", async () => {
+Deno.test("each step of the tutorial fails before its command and works after it", async () => {
   const before = await machine();
   const { code, stdout, stderr } = await run([...TUTORIAL, "--quiet"]);
   assertEquals(code, 0, stdout + stderr);
@@ -19,7 +19,7 @@ Deno.test("each step of the tutorial fails before and works after", async () => 
   assertEquals(await machine(), before);
 });
 
-Deno.test("the tutorial stops after the step that is asked for", async () => {
+Deno.test("the tutorial stops after --step N", async () => {
   const { code, stdout } = await run([...TUTORIAL, "--step", "1"]);
   assertEquals(code, 0, stdout);
   assertStringIncludes(stdout, "10.240.1.2/24");
@@ -39,7 +39,7 @@ Deno.test("Ctrl-C and a kill leave nothing of the tutorial", async () => {
     child.kill(signal);
     await child.stdout.cancel();
     await child.status;
-    // The nodes' processes see the end of their stdin, and end.
+    // The nodes' processes see the end of their stdin and end.
     for (const pid of pids) {
       await run(["tail", "-f", "/dev/null", "--pid", pid]);
     }

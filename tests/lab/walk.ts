@@ -1,12 +1,12 @@
 /**
- * How a walk through the tutorial is told: step by step, in paragraphs, with
- * commands and what they wrote. What does not go as it was said is noted.
+ * Tells a walk through the tutorial, step by step: paragraphs, commands and
+ * their output. It notes whatever turns out differently.
  *
  * @module
  */
 import { parseArgs } from "@std/cli/parse-args";
 
-/** A part of a walk; it finds the machines as the one before left them. */
+/** One step. It finds the machines as the step before left them. */
 export interface Step<World> {
   title: string;
   run: (world: World) => Promise<void>;
@@ -20,13 +20,13 @@ export function say(text: string): void {
   if (!isQuiet) console.log(text);
 }
 
-/** Prints a command with its prompt and what it wrote. */
+/** Prints a command with its prompt and its output. */
 export function show(prompt: string, line: string, output: string): void {
   say(`\n${prompt}# ${line}`);
   if (output.trim()) say(output.trimEnd().replace(/^/gm, "  "));
 }
 
-/** Notes what did not go as it was said; the exit status will tell. */
+/** Notes what turned out differently. The exit status will be 1. */
 export function expect(isSo: boolean, what: string): void {
   if (isSo) return;
   misbehaved++;
@@ -57,7 +57,7 @@ export function readFlags(help: string, steps: number) {
   return { last, keep: flags.keep };
 }
 
-/** Goes the steps, with a heading for each, or in short with a line. */
+/** Runs the steps: a heading for each, or one line with --quiet. */
 export async function walk<World>(
   steps: Step<World>[],
   world: World,
@@ -73,7 +73,7 @@ export async function walk<World>(
   }
 }
 
-/** Waits for Ctrl-C, or for a kill. */
+/** Waits for Ctrl-C or SIGTERM. */
 export async function untilCtrlC(): Promise<void> {
   console.log("\nCtrl-C here takes all of it down.");
   await new Promise<void>((resolve) => {

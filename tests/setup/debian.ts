@@ -1,11 +1,11 @@
 /**
- * Fetches the container runtimes that the end-to-end tests run, and the `ip` of
- * other releases of Debian, and unpacks them into vendor/deb/. The machine
- * stays as it is: apt gets lists of its own, and nothing is installed. A second
- * run finds the work done.
+ * Fetches the container runtimes for the end-to-end tests, and `ip` of other
+ * releases of Debian, and unpacks them into vendor/deb/. The machine stays as it
+ * is: apt uses its own lists here, and nothing is installed. A second run finds
+ * the work done.
  *
  *     deno run -A tests/setup/debian.ts
- *     deno run -A tests/setup/debian.ts bookworm    this folder alone
+ *     deno run -A tests/setup/debian.ts bookworm    only this folder
  *
  * @module
  */
@@ -14,18 +14,18 @@ import { ensureDir } from "@std/fs/ensure-dir";
 import { exists } from "@std/fs/exists";
 import { ROOT } from "./root.ts";
 
-/** Where they lie, in a folder each. */
+/** One folder for each. */
 export const DEBS = `${ROOT}vendor/deb`;
 const LIBCNI = "golang-github-appc-cni"; // the source of libcni
 
-/** The releases whose `ip` is tried, beside that of the machine. */
+/** The releases whose `ip` is tried, besides the machine's own. */
 export const IP_RELEASES = ["bullseye", "trixie", "forky"];
 
 /** What `ip` of Debian 13 and later loads. */
 const IP = `iproute2 libbpf1 libc6 libcap2 libelf1t64 libmnl0 libpcre2-8-0
     libselinux1 libzstd1 zlib1g`;
 
-/** What is taken from a release of Debian, by the folder: [NAME-]RELEASE. */
+/** The packages from a release of Debian. A folder is [NAME-]RELEASE. */
 const PACKAGES: Record<string, string> = {
   // Debian 12: the last podman that speaks CNI, and a containerd of its time.
   bookworm: `containerd runc podman conmon crun busybox-static libgpgme11
@@ -36,17 +36,17 @@ const PACKAGES: Record<string, string> = {
   "cri-forky": "golang-k8s-cri-api-dev",
   // Debian 13: a Go that builds libcni; it goes when that is done.
   trixie: "golang-1.24-go golang-1.24-src",
-  // An `ip` with all its libraries, since those of the machine don't fit.
+  // `ip` with all its libraries: the machine's own don't fit.
   "ip-bullseye": `iproute2 libbpf0 libbsd0 libc6 libcap2 libelf1 libmd0 libmnl0
     zlib1g`,
   "ip-trixie": IP,
   "ip-forky": IP,
 };
 
-/** The release that a folder's packages come from. */
+/** The release of a folder. */
 const releaseOf = (folder: string) => folder.replace(/^\w+-/, "");
 
-/** Runs a shell line with some variables, shows it, throws unless it works. */
+/** Prints and runs a shell line with some variables; throws if it fails. */
 export async function sh(line: string, env: Record<string, string> = {}) {
   console.log(`$ ${line}`);
   const args = ["-ec", line];
@@ -58,12 +58,12 @@ export async function sh(line: string, env: Record<string, string> = {}) {
   return new TextDecoder().decode(stdout);
 }
 
-/** Where apt keeps what it needs for this; to be removed at the end. */
+/** apt's own files here. They are removed at the end. */
 export const APT = `${DEBS}/apt`;
 
 /**
- * Makes apt-get know releases of Debian by name, and the sources of one; with
- * the variables that it returns, and without a trace elsewhere.
+ * Makes apt-get know some releases of Debian, and the sources of one. Returns the
+ * variables that it needs for this. The machine's own apt stays as it is.
  */
 export async function prepareApt(
   releases: string[],
@@ -120,9 +120,8 @@ export async function unpack(
 export const ipFolder = (release: string) => `${DEBS}/ip-${release}/path`;
 
 /**
- * Writes that `ip`: a script that starts the real one by the loader of its own
- * release, with the libraries of it. A path is as it is now, so each run writes
- * it again.
+ * Writes a script that starts this `ip` with the loader and the libraries of its
+ * own release. The paths may change, so each run writes it again.
  */
 async function writeIp(release: string): Promise<void> {
   const script = `${ipFolder(release)}/ip`;
@@ -135,7 +134,7 @@ async function writeIp(release: string): Promise<void> {
     chmod +x ${script} && ${script} -V`);
 }
 
-/** Builds cnitool, libcni's own command, and our gc.go upon libcni. */
+/** Builds cnitool, libcni's own command, and our gc.go with libcni. */
 async function buildLibcni(env: Record<string, string>): Promise<void> {
   const folder = `${DEBS}/libcni-source`;
   await emptyDir(folder);
@@ -157,7 +156,7 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
   await Deno.remove(`${DEBS}/trixie`, { recursive: true });
 }
 
-/** Makes an image of busybox alone, as `docker save` would write it. */
+/** Makes an image with only busybox, in the format of `docker save`. */
 async function buildImage(): Promise<void> {
   const folder = `${DEBS}/image`;
   await emptyDir(folder);
