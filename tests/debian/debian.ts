@@ -151,12 +151,22 @@ async function makeRoots(releases: Release[]): Promise<void> {
   const mirror = (await sh(uris, env)).trim();
   await Deno.remove(APT, { recursive: true });
   for (const name of missing) {
-    const folder = `${HOME}/${name}`;
     console.log(`$ debootstrap ${name}`);
+    const root = `${HOME}/${name}`;
+    const draft = `${root}.draft`;
+    await read("rm", "-rf", draft);
     const { success, output } = await contain([
-      ...["sh", MAKE, DEBOOTSTRAP, name, `${PACKAGES}`, mirror, folder],
+      ...["sh", MAKE, DEBOOTSTRAP, name, mirror, draft],
     ]);
     if (!success) throw new Error(`debootstrap failed\n${output}`);
+    // Not by debootstrap, which can't see that one package provides another.
+    await prepare(
+      draft,
+      `apt-get update
+      apt-get install -y --no-install-recommends ${PACKAGES.join(" ")}
+      apt-get clean`,
+    );
+    await Deno.rename(draft, root);
   }
 }
 

@@ -2,11 +2,11 @@
 # Makes a minimal Debian by debootstrap, which lies unpacked in a folder:
 #
 #     unshare --mount --pid --fork --kill-child \
-#       sh make.sh DEBOOTSTRAP RELEASE PACKAGES MIRROR FOLDER
+#       sh make.sh DEBOOTSTRAP RELEASE MIRROR FOLDER
 #
 # What debootstrap mounts ends with it.
 set -e
-debootstrap=$1 release=$2 packages=$3 mirror=$4 folder=$5
+debootstrap=$1 release=$2 mirror=$3 folder=$4
 mount --make-rprivate /
 
 # It downloads by wget. apt does as well, is on every Debian, and knows the
@@ -23,11 +23,9 @@ chmod +x "$debootstrap/path/wget"
 export PATH="$debootstrap/path:$PATH:/usr/sbin:/sbin"
 export DEBOOTSTRAP_DIR="$debootstrap/usr/share/debootstrap"
 
-rm -rf "$folder.draft"
 # All of today's releases are made as sid is, also those that this debootstrap
 # hasn't heard of.
 timeout -k 9 1200 sh "$debootstrap/usr/sbin/debootstrap" --variant=minbase \
-  --include="$packages" "$release" "$folder.draft" "$mirror" \
-  "$DEBOOTSTRAP_DIR/scripts/sid" 2>&1
-rm -f "$folder.draft"/var/cache/apt/archives/*.deb
-mv "$folder.draft" "$folder"
+  "$release" "$folder" "$mirror" "$DEBOOTSTRAP_DIR/scripts/sid" 2>&1
+apt-config dump | grep -iE '^Acquire::[^ ]*Proxy' \
+  > "$folder/etc/apt/apt.conf.d/machine" || :
