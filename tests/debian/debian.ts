@@ -66,6 +66,16 @@ const LIMIT = 1200;
 let running: Deno.ChildProcess | undefined;
 let isInterrupted = false;
 
+/** Ends what runs; who started it throws, so that the copy is removed. */
+function interrupt(): void {
+  isInterrupted = true;
+  running?.kill("SIGKILL");
+}
+
+function throwIfInterrupted(): void {
+  if (isInterrupted) throw new Error("Interrupted");
+}
+
 /** How a command ended, what it wrote, and the seconds it took. */
 interface Result {
   success: boolean;
@@ -75,6 +85,7 @@ interface Result {
 
 /** Runs a program in namespaces that end with it; its mounts do, too. */
 async function contain(args: string[]): Promise<Result> {
+  throwIfInterrupted();
   const namespaces = ["--mount", "--pid", "--uts", "--ipc"];
   const start = performance.now();
   running = new Deno.Command("unshare", {
@@ -83,7 +94,7 @@ async function contain(args: string[]): Promise<Result> {
   }).spawn();
   const { success, stdout } = await running.output();
   running = undefined;
-  if (isInterrupted) throw new Error("Interrupted");
+  throwIfInterrupted();
   const output = new TextDecoder().decode(stdout);
   return { success, output, seconds: (performance.now() - start) / 1000 };
 }
@@ -112,15 +123,14 @@ async function prepare(root: string, line: string, user?: User): Promise<void> {
   if (!success) throw new Error(`It failed: ${line}\n${output}`);
 }
 
-/** The README's first block of commands: a line for each. */
-async function commands(): Promise<string[]> {
+/** The README's two commands, which are in its first block. */
+async function readCommands(): Promise<string[]> {
   const text = await Deno.readTextFile(`${ROOT}README.md`);
-  const [, block] = /^```sh\n(.*?)^```/ms.exec(text) ?? [];
-  const lines = block?.trim().split("\n") ?? [];
-  const isAsKnown = lines.length === 2 && / lab$/.test(lines[0]) &&
-    / test$/.test(lines[1]);
-  if (!isAsKnown) throw new Error("README.md doesn't begin with lab and test");
-  return lines;
+  const [, block = ""] = /^```sh\n(.*?)^```/ms.exec(text) ?? [];
+  const lines = block.match(/^npx .*$/gm) ?? [];
+  const words = lines.map((line) => line.split(" ").at(-1)).join(" ");
+  if (words === "lab test") return lines;
+  throw new Error(`The README begins with "${words}" in place of "lab test"`);
 }
 
 /** Runs a program for its output, or throws. */
@@ -128,7 +138,7 @@ async function read(program: string, ...args: string[]): Promise<string> {
   const { success, stdout } = await new Deno.Command(program, {
     ...{ args, stderr: "inherit" },
   }).output();
-  if (isInterrupted) throw new Error("Interrupted");
+  throwIfInterrupted();
   if (!success) throw new Error(`It failed: ${program} ${args.join(" ")}`);
   return new TextDecoder().decode(stdout).trim();
 }
@@ -186,8 +196,9 @@ const NETWORK = /^(\w+_proxy|NODE_EXTRA_CA_CERTS|SSL_CERT_FILE|DENO_CERT)$/i;
 async function readNetwork(): Promise<Network> {
   const env: Record<string, string> = { NO_COLOR: "1" };
   for (const [key, value] of Object.entries(Deno.env.toObject())) {
-    // npx hands down the paths of this home, which is not that of the root.
-    const isNpms = /^npm_config_/i.test(key) && !value.startsWith("/");
+    // npx adds what it knows of itself and of this home.
+    const isNpms = /^npm_config_(?!npm_version|user_agent|yes)/i.test(key) &&
+      /^[^/]/.test(value);
     if (isNpms || NETWORK.test(key)) env[key] = value;
   }
   let npmrc = "";
@@ -227,7 +238,9 @@ async function type(
     git clone -q /srv/custom-cni.git '${checkout}'
     chown -R ${name}: '${checkout}' ${home}`,
   );
-  const before = await size(root, home, checkout);
+  const sizes = () =>
+    Promise.all([size(root, home, checkout), size(root, "/usr", "/var")]);
+  const before = await sizes();
   let failed = 0;
   for (const line of lines) {
     const there = `cd '${checkout}' && ${line}`;
@@ -239,8 +252,10 @@ async function type(
     const word = success ? "ok  " : "FAIL";
     console.log(`${word} ${title}: ${line} (${Math.round(seconds)} s)`);
   }
-  const grown = await size(root, home, checkout) - before;
-  console.log(`     ${title}: ${grown} MB more in the home and the checkout`);
+  const [own, system] = (await sizes()).map((mb, i) => `${mb - before[i]} MB`);
+  console.log(
+    `     the home and the checkout grew by ${own}, /usr by ${system}`,
+  );
   return failed;
 }
 
@@ -287,23 +302,15 @@ function choose(words: string[]): Release[] {
   });
 }
 
-/** Ends what runs; contain() then throws, so that the copy is removed. */
-function interrupt(): void {
-  isInterrupted = true;
-  running?.kill("SIGKILL");
-}
-
-if (import.meta.main) {
-  if (Deno.uid() !== 0) throw new Error("Be root: debootstrap needs it");
-  const releases = choose(Deno.args);
-  const lines = await commands();
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
-    Deno.addSignalListener(signal, interrupt);
-  }
-  // A root has no modules: the kernel is the machine's.
+/** Tries releases; returns how many commands failed. */
+async function main(words: string[]): Promise<number> {
+  if (Deno.uid() !== 0) throw new Error("Be root, for debootstrap");
+  const releases = choose(words);
+  const lines = await readCommands();
+  // A root has no modules, since the kernel is the machine's.
   if (!await exists("/proc/sys/net/bridge")) await sh("modprobe br_netfilter");
   await ensureDir(HOME);
-  // One at a time: a second run waits.
+  // A second run waits here.
   using lock = await Deno.open(HOME);
   await lock.lock(true);
   await makeRoots(releases);
@@ -312,5 +319,18 @@ if (import.meta.main) {
   for (const release of releases) {
     failed += await tryOut(release, lines, network);
   }
-  Deno.exit(failed ? 1 : 0);
+  return failed;
+}
+
+if (import.meta.main) {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    Deno.addSignalListener(signal, interrupt);
+  }
+  try {
+    Deno.exitCode = await main(Deno.args) ? 1 : 0;
+  } catch (error) {
+    console.error(`${error}`);
+    Deno.exitCode = 1;
+  }
+  Deno.exit(); // whatever listens to signals
 }

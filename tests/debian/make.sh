@@ -27,5 +27,7 @@ export DEBOOTSTRAP_DIR="$debootstrap/usr/share/debootstrap"
 # hasn't heard of.
 timeout -k 9 1200 sh "$debootstrap/usr/sbin/debootstrap" --variant=minbase \
   "$release" "$folder" "$mirror" "$DEBOOTSTRAP_DIR/scripts/sid" 2>&1
-apt-config dump | grep -iE '^Acquire::[^ ]*Proxy' \
+# Its apt reaches the mirror as the machine's does: proxies, and whether an old
+# copy will do.
+apt-config dump | grep -E '^Acquire::(https?|Retries|Check-Valid-Until)' \
   > "$folder/etc/apt/apt.conf.d/machine" || :
