@@ -14,7 +14,8 @@ import { exists } from "@std/fs/exists";
 import { APT, DEBS, prepareApt, sh, unpack } from "../setup/debian.ts";
 import { ROOT } from "../setup/root.ts";
 
-const HOME = `${ROOT}vendor/debian`;
+/** The roots, by release, and the copies in use. */
+const DEBIANS = `${ROOT}vendor/debian`;
 const ENTER = `${ROOT}tests/debian/enter.sh`;
 const MAKE = `${ROOT}tests/debian/make.sh`;
 const DEBOOTSTRAP = `${DEBS}/debootstrap`;
@@ -50,7 +51,7 @@ interface User {
   path: string;
 }
 
-const ROOT_USER: User = {
+const ADMIN: User = {
   ...{ name: "root", home: "/root" },
   path: "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 };
@@ -103,7 +104,7 @@ async function contain(args: string[]): Promise<Result> {
 function enter(
   root: string,
   line: string,
-  { name, home, path }: User = ROOT_USER,
+  { name, home, path }: User = ADMIN,
   env: Record<string, string> = {},
 ): Promise<Result> {
   const own = { USER: name, LOGNAME: name, HOME: home, PATH: path };
@@ -118,8 +119,8 @@ function enter(
 }
 
 /** The same, for what has to work before a command can be tried. */
-async function prepare(root: string, line: string, user?: User): Promise<void> {
-  const { success, output } = await enter(root, `set -e; ${line}`, user);
+async function prepare(root: string, line: string): Promise<void> {
+  const { success, output } = await enter(root, `set -e; ${line}`);
   if (!success) throw new Error(`It failed: ${line}\n${output}`);
 }
 
@@ -147,7 +148,7 @@ async function read(program: string, ...args: string[]): Promise<string> {
 async function makeRoots(releases: Release[]): Promise<void> {
   const missing: string[] = [];
   for (const { name } of releases) {
-    if (!await exists(`${HOME}/${name}`)) missing.push(name);
+    if (!await exists(`${DEBIANS}/${name}`)) missing.push(name);
   }
   if (!missing.length) return;
   await ensureDir(DEBS);
@@ -162,7 +163,7 @@ async function makeRoots(releases: Release[]): Promise<void> {
   await Deno.remove(APT, { recursive: true });
   for (const name of missing) {
     console.log(`$ debootstrap ${name}`);
-    const root = `${HOME}/${name}`;
+    const root = `${DEBIANS}/${name}`;
     const draft = `${root}.draft`;
     await read("rm", "-rf", draft);
     const { success, output } = await contain([
@@ -221,26 +222,39 @@ async function size(root: string, ...folders: string[]): Promise<number> {
   return parseInt(lines.at(-1)!);
 }
 
-/** Types commands in a fresh checkout; returns how many failed. */
-async function type(
-  lines: string[],
-  title: string,
-  root: string,
-  checkout: string,
-  user: User,
-  { env, npmrc }: Network,
-): Promise<number> {
-  const { name, home } = user;
-  await Deno.writeTextFile(`${root}${home}/.npmrc`, npmrc);
+/** Who types, and where. */
+interface Place {
+  title: string;
+  root: string;
+  user: User;
+  checkout: string;
+}
+
+/** What a newcomer has before the first command: npm's settings, a clone. */
+async function settle(
+  { root, user: { name, home }, checkout }: Place,
+  npmrc: string,
+): Promise<void> {
+  await Deno.writeTextFile(`${root}${home}/.npmrc`, npmrc, { mode: 0o600 });
   await prepare(
     root,
     `mkdir -p '${checkout}'
     git clone -q /srv/custom-cni.git '${checkout}'
     chown -R ${name}: '${checkout}' ${home}`,
   );
-  const sizes = () =>
-    Promise.all([size(root, home, checkout), size(root, "/usr", "/var")]);
-  const before = await sizes();
+}
+
+/** Types commands in a fresh checkout; returns how many failed. */
+async function type(
+  lines: string[],
+  place: Place,
+  { env, npmrc }: Network,
+): Promise<number> {
+  const { title, root, user, checkout } = place;
+  await settle(place, npmrc);
+  const own = () => size(root, user.home, checkout);
+  const system = () => size(root, "/usr", "/var");
+  const before = { own: await own(), system: await system() };
   let failed = 0;
   for (const line of lines) {
     const there = `cd '${checkout}' && ${line}`;
@@ -252,11 +266,24 @@ async function type(
     const word = success ? "ok  " : "FAIL";
     console.log(`${word} ${title}: ${line} (${Math.round(seconds)} s)`);
   }
-  const [own, system] = (await sizes()).map((mb, i) => `${mb - before[i]} MB`);
+  const kept = await own() - before.own;
+  const installed = await system() - before.system;
   console.log(
-    `     the home and the checkout grew by ${own}, /usr by ${system}`,
+    `     ${kept} MB more in the home and the checkout, ${installed} MB in ` +
+      "/usr and /var",
   );
   return failed;
+}
+
+/** A fresh Debian, with the last commit as a repository to clone. */
+async function copy(name: string, root: string, { files }: Network) {
+  await read("rm", "-rf", root);
+  await read("cp", "-a", "--reflink=auto", `${DEBIANS}/${name}`, root);
+  const repository = `${root}/srv/custom-cni.git`;
+  await read("git", "clone", "-q", "--bare", "--no-local", ROOT, repository);
+  for (const file of files) {
+    await read("install", "-D", "-m644", file, root + file);
+  }
 }
 
 /** Tries one release in a copy of its root; returns how many failed. */
@@ -265,25 +292,20 @@ async function tryOut(
   lines: string[],
   network: Network,
 ): Promise<number> {
-  const root = `${HOME}/${name}.copy`;
+  const root = `${DEBIANS}/${name}.copy`;
   const title = `Debian ${number}`;
-  const repository = `${root}/srv/custom-cni.git`;
-  await read("rm", "-rf", root);
   try {
-    await read("cp", "-a", "--reflink=auto", `${HOME}/${name}`, root);
-    await read("git", "clone", "-q", "--bare", "--no-local", ROOT, repository);
-    for (const file of network.files) {
-      await read("install", "-D", "-m644", file, root + file);
-    }
-    const byRoot = [root, checkout, ROOT_USER, network] as const;
-    const failed = await type(lines, title, ...byRoot);
+    await copy(name, root, network);
+    const place = { title, root, user: ADMIN, checkout };
+    const failed = await type(lines, place, network);
     if (!hasStudent) return failed;
-    await prepare(root, "useradd --create-home student");
-    const folder = `${STUDENT.home}/custom-cni`;
-    const byStudent = [root, folder, STUDENT, network] as const;
+    await prepare(root, `useradd --create-home ${STUDENT.name}`);
+    const other = {
+      ...{ title: `${title}, without root`, root, user: STUDENT },
+      checkout: `${STUDENT.home}/custom-cni`,
+    };
     // The lab alone: the tests want root.
-    const [lab] = lines;
-    return failed + await type([lab], `${title}, no root`, ...byStudent);
+    return failed + await type(lines.slice(0, 1), other, network);
   } finally {
     await Deno.remove(root, { recursive: true });
   }
@@ -309,9 +331,9 @@ async function main(words: string[]): Promise<number> {
   const lines = await readCommands();
   // A root has no modules, since the kernel is the machine's.
   if (!await exists("/proc/sys/net/bridge")) await sh("modprobe br_netfilter");
-  await ensureDir(HOME);
+  await ensureDir(DEBIANS);
   // A second run waits here.
-  using lock = await Deno.open(HOME);
+  using lock = await Deno.open(DEBIANS);
   await lock.lock(true);
   await makeRoots(releases);
   const network = await readNetwork();
