@@ -388,7 +388,7 @@ async function countProcesses(
   for (const name of ["ip", "ln", "nsenter", "host-local"]) {
     const real = name === "host-local" ? "/usr/lib/cni/host-local" : name;
     const script =
-      `#!/bin/sh\necho >> /opt/calls\nPATH=${PATH} exec ${real} "$@"`;
+      `#!/bin/sh\necho >> /opt/calls\nPATH="${PATH}" exec ${real} "$@"`;
     await Deno.writeTextFile(`/opt/count/${name}`, script, { mode: 0o755 });
   }
   const counts: Record<string, number> = {};

@@ -8,6 +8,9 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { CONF, Node, NODE_SETUP, run, vethOf } from "../lab/node.ts";
 import { ROOT } from "../setup/root.ts";
 
+/** The same words as a shell takes them, whatever folder they are in. */
+const SETUP = NODE_SETUP.map((word) => `'${word}'`).join(" ");
+
 const PEER = ["--peer", "10.0.2.14"];
 const FOLDER = "/etc/cni/net.d";
 
@@ -34,7 +37,7 @@ class World {
       await it.node.sh(`ip link set enp0s3 up
         ip addr add ${it.address}/24 dev enp0s3
         ip route add default via 10.0.2.2
-        ${NODE_SETUP.join(" ")} --peer ${it.other}`);
+        ${SETUP} --peer ${it.other}`);
       return await it.node.start("pod");
     }));
     return new World(node, peer, vethOf(pod));
@@ -423,7 +426,7 @@ Deno.test("no pod starts: the plugin is missing, truncated or not executable", a
   await using world = await World.start();
   const { node } = world;
   const file = "/opt/cni/bin/custom-cni";
-  await node.sh(`umount ${file}; install ${ROOT}dist/custom-cni ${file}`);
+  await node.sh(`umount ${file}; install '${ROOT}dist/custom-cni' ${file}`);
   assertEquals(await check(node), []);
   for (const fault of ["truncate -s 9M", "chmod -x", "rm"]) {
     await node.sh(`${fault} ${file}`);
@@ -432,7 +435,7 @@ Deno.test("no pod starts: the plugin is missing, truncated or not executable", a
     const says = /^A pod gets no network: .*custom-cni does not start/;
     assertMatch(problem.message, says);
     // The fix, from the repository's folder.
-    await node.sh(`cd ${ROOT}; ${problem.commands.at(-1)}`);
+    await node.sh(`cd '${ROOT}'; ${problem.commands.at(-1)}`);
     assertEquals(await check(node), []);
   }
 });
@@ -441,7 +444,7 @@ Deno.test("no pod starts: the node is full", async () => {
   await using world = await World.start();
   const { node } = world;
   await node.configure({ ...CONF, podcidr: "10.9.0.0/30" });
-  await node.sh(`${NODE_SETUP.join(" ")} --only forward --only masquerade`);
+  await node.sh(`${SETUP} --only forward --only masquerade`);
   const problem = (await check(node)).at(-1)!;
   assertMatch(problem.message, /No free address in 10\.9\.0\.0\/30/);
   assertMatch(problem.commands[0], /a pod must end first/);

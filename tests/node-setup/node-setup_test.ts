@@ -41,7 +41,7 @@ async function succeed(node: Node, flags: string, stdin = ""): Promise<string> {
 async function shim(node: Node, name: string, script: string): Promise<void> {
   await node.sh("mkdir -p /opt/shims");
   const file = node.path(`/opt/shims/${name}`);
-  const text = `#!/bin/sh\nPATH=${PATH}\n${script}\nexec ${name} "$@"\n`;
+  const text = `#!/bin/sh\nPATH="${PATH}"\n${script}\nexec ${name} "$@"\n`;
   await Deno.writeTextFile(file, text, { mode: 0o755 });
 }
 
@@ -561,7 +561,7 @@ Deno.test("the README's unit restores everything after a reboot", async () => {
     sysctl -qw net.ipv4.ip_forward=0 net.bridge.bridge-nf-call-iptables=0
     iptables -A FORWARD -s 10.9.0.0/24 -j ACCEPT
     iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE
-    mkdir -p /opt/custom-cni; mount --bind ${ROOT} /opt/custom-cni`,
+    mkdir -p /opt/custom-cni; mount --bind '${ROOT}' /opt/custom-cni`,
   );
   const readme = await Deno.readTextFile(join(ROOT, "README.md"));
   const [, line] = /^ExecStart=(.*)$/m.exec(readme)!;

@@ -11,6 +11,7 @@ const ROOMS: Record<string, string[]> = {
   runtimes: ["setup", "lab"],
   kubernetes: ["setup", "lab", "runtimes"],
   bench: ["setup", "lab"],
+  debian: ["setup"],
 };
 
 Deno.test("imports between the rooms run one way only", () => {
