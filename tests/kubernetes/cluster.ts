@@ -157,12 +157,12 @@ export class KubernetesNode {
 
   /** Runs a shell line in the repository's folder, whatever its status. */
   run(line: string): Promise<Output> {
-    return this.runtimes.run(`cd ${ROOT}\n${line}`, ENV);
+    return this.runtimes.run(`cd '${ROOT}'\n${line}`, ENV);
   }
 
   /** The same; it must succeed. */
   sh(line: string): Promise<string> {
-    return this.runtimes.sh(`cd ${ROOT}\n${line}`, ENV);
+    return this.runtimes.sh(`cd '${ROOT}'\n${line}`, ENV);
   }
 
   /** Starts a daemon. Its log is /var/log/NAME.log. */
@@ -198,7 +198,7 @@ export class Kubernetes implements AsyncDisposable {
   static async start(): Promise<Kubernetes> {
     const lab = await Cluster.start(null);
     const registry = `${Deno.execPath()} run -A tests/kubernetes/registry.ts`;
-    await lab.router.sh(`cd ${ROOT}
+    await lab.router.sh(`cd '${ROOT}'
       sh -c 'echo $$ >> /run/background; exec ${registry}' \
         > /run/registry.log 2>&1 &`);
     const machines = [lab.node1, lab.node2];

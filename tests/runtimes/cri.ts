@@ -141,7 +141,7 @@ for (const { name, releases, cniVersion } of RUNS) {
             await assertRejects(() => request(alpine1, address), Error, "wget");
           }
           for (const [node, peer] of [[node1, 15], [node2, 14]] as const) {
-            await node.sh(`cd ${ROOT}
+            await node.sh(`cd '${ROOT}'
             ${Deno.execPath()} run -A node-setup.ts --peer 10.0.2.${peer}`);
           }
           assertEquals(await request(alpine1, nginx1.address), "nginx1\n");

@@ -111,8 +111,8 @@ export async function unpack(
   await emptyDir(draft);
   const names = packages.trim().split(/\s+/)
     .map((each) => `${each}/${release}`).join(" ");
-  await sh(`cd ${draft} && apt-get -q download ${names}`, env);
-  await sh(`cd ${draft} && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`);
+  await sh(`cd '${draft}' && apt-get -q download ${names}`, env);
+  await sh(`cd '${draft}' && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`);
   await Deno.rename(draft, folder);
 }
 
@@ -140,11 +140,11 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
   await emptyDir(folder);
   const tar = `tar --strip-components=1 -xf ${LIBCNI}_*.orig.tar.*`;
   const get = `apt-get -q source --tar-only --download-only ${LIBCNI}/forky`;
-  await sh(`cd ${folder} && ${get} && ${tar}`, env);
+  await sh(`cd '${folder}' && ${get} && ${tar}`, env);
   const go = `${DEBS}/trixie/usr/lib/go-1.24`;
   await sh(
-    `cd ${folder} && mkdir -p gc ../libcni.draft
-    cp ${ROOT}tests/setup/gc.go gc
+    `cd '${folder}' && mkdir -p gc ../libcni.draft
+    cp '${ROOT}tests/setup/gc.go' gc
     ${go}/bin/go build -o ../libcni.draft ./cnitool ./gc`,
     {
       ...{ GOROOT: go, GOCACHE: `${folder}/cache`, CGO_ENABLED: "0" },
@@ -160,7 +160,7 @@ async function buildLibcni(env: Record<string, string>): Promise<void> {
 async function buildImage(): Promise<void> {
   const folder = `${DEBS}/image`;
   await emptyDir(folder);
-  const layer = await sh(`cd ${folder}
+  const layer = await sh(`cd '${folder}'
     mkdir -p root/bin root/tmp root/etc
     cp ../bookworm/bin/busybox root/bin
     for applet in $(root/bin/busybox --list); do
@@ -181,7 +181,7 @@ async function buildImage(): Promise<void> {
   for (const [name, json] of Object.entries({ config, manifest })) {
     await Deno.writeTextFile(`${folder}/${name}.json`, JSON.stringify(json));
   }
-  await sh(`cd ${folder} && tar -cf ../box.draft *.json layer.tar`);
+  await sh(`cd '${folder}' && tar -cf ../box.draft *.json layer.tar`);
   await Deno.rename(`${DEBS}/box.draft`, `${DEBS}/box.tar`);
   await Deno.remove(folder, { recursive: true });
 }
