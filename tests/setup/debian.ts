@@ -112,7 +112,9 @@ export async function unpack(
   const names = packages.trim().split(/\s+/)
     .map((each) => `${each}/${release}`).join(" ");
   await sh(`cd '${draft}' && apt-get -q download ${names}`, env);
-  await sh(`cd '${draft}' && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`);
+  await sh(
+    `cd '${draft}' && for deb in *.deb; do dpkg -x $deb .; rm $deb; done`,
+  );
   await Deno.rename(draft, folder);
 }
 
