@@ -281,9 +281,9 @@ async function learn(flags: Flags): Promise<Setup> {
   return { podCIDR, conf, peers, keepsSource };
 }
 
-/** Runs a program for at most half a minute. */
-function run(command: string[], input?: string) {
-  return plugin.run(command, input, AbortSignal.timeout(30_000));
+/** Runs a program, but not for longer than these seconds. */
+function run(command: string[], input?: string, seconds = 30) {
+  return plugin.run(command, input, AbortSignal.timeout(seconds * 1000));
 }
 
 /** The kernel's route to an address, as `ip route get` shows it. */
@@ -618,6 +618,7 @@ interface Connection {
 /** Starts two pods for a moment, as a kubelet would, and tries connections. */
 async function tryWithPods(setup: Setup): Promise<void> {
   const names = [`check-${Deno.pid}-a`, `check-${Deno.pid}-b`];
+  const begun: string[] = [];
   let isInterrupted = false;
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     // The check first ends its pods, and then itself.
@@ -626,6 +627,7 @@ async function tryWithPods(setup: Setup): Promise<void> {
   try {
     const pods: Pod[] = [];
     for (const name of names) {
+      begun.push(name);
       pods.push(await startPod(name, setup.conf));
     }
     const connections = connectionsOf(setup, pods);
@@ -640,7 +642,7 @@ async function tryWithPods(setup: Setup): Promise<void> {
     const what = `A pod gets no network: ${error.message}`;
     if (!isInterrupted) report("", [{ what, commands: [error.details] }]);
   } finally {
-    for (const name of names) await endPod(name, setup.conf);
+    for (const name of begun) await endPod(name, setup.conf);
   }
   if (isInterrupted) Deno.exit(130);
 }
@@ -687,7 +689,8 @@ async function callPlugin(verb: string, name: string, conf: plugin.Conf) {
     "CNI_PATH=/opt/cni/bin",
   ];
   const stdin = JSON.stringify(conf);
-  return await run(["env", ...variables, BINARY], stdin);
+  // ADD waits a minute for a locked counter, and then says so.
+  return await run(["env", ...variables, BINARY], stdin, 90);
 }
 
 const netnsOf = (name: string) => `/run/${name}`;
