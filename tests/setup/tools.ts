@@ -27,8 +27,8 @@ export const TOOLS: Record<string, string> = {
 /** The checkout. `root.ts` has it with the help of @std, which may be missing. */
 export const ROOT = dirname(dirname(import.meta.dirname!));
 
-/** Where the unpacked ones are: a /usr of their own. */
-export const TOOLS_FOLDER = `${ROOT}/vendor/tools`;
+/** Where the unpacked tools are, in a usr of their own. */
+const TOOLS_FOLDER = `${ROOT}/vendor/tools`;
 
 /** The PATH of root. That of other users has no sbin, where some tools are. */
 export const PATH = `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin`;
@@ -79,22 +79,31 @@ if [ -e unpacked/usr/sbin/xtables-nft-multi ]; then
     ln -sf xtables-nft-multi unpacked/usr/sbin/$name
   done
 fi
-mv unpacked/usr .`;
+mv unpacked/usr .
+rm -r apt.conf archives lists unpacked`;
 
 /**
- * Unpacks the missing tools into vendor/tools/. A second run finds them there,
- * unless the machine is another one, or lacks something else.
+ * Unpacks the missing tools, and returns their folder; "" if none is missing. A
+ * second run finds them there, unless the machine is another one, or lacks
+ * something else.
+ *
+ * @throws {Error} if apt-get can't get them.
  */
-export async function unpackTools(): Promise<void> {
+export async function unpackTools(): Promise<string> {
   const packages = missingPackages();
+  if (packages.length === 0) return "";
+  // A second run waits here and then finds the work done.
+  using vendor = Deno.openSync(`${ROOT}/vendor`);
+  vendor.lockSync(true);
   const stamp = `${packages.join(" ")}\n${release()}`;
   const isDone = exists(`${TOOLS_FOLDER}/stamp`) &&
     Deno.readTextFileSync(`${TOOLS_FOLDER}/stamp`) === stamp;
-  if (isDone || packages.length === 0) return;
+  if (isDone) return TOOLS_FOLDER;
 
   console.log(`Unpacking ${packages.join(", ")} into vendor/tools`);
-  const draft = `${TOOLS_FOLDER}-${Deno.pid}`;
-  Deno.mkdirSync(draft, { recursive: true });
+  // By its name, npm.ts removes it after an interruption.
+  const draft = `${ROOT}/vendor/tmp-tools-${Deno.pid}`;
+  Deno.mkdirSync(draft);
   try {
     const args = ["-c", UNPACK, "sh", ...packages];
     const env = { DEBIAN_FRONTEND: "noninteractive", PATH };
@@ -102,15 +111,15 @@ export async function unpackTools(): Promise<void> {
     const { success } = await sh.spawn().status;
     if (!success) {
       const install = `apt-get install ${packages.join(" ")}`;
-      throw new Error(`These tools can't be unpacked. As root: ${install}`);
+      throw new Error(`apt-get can't get these tools. As root: ${install}`);
     }
+    Deno.writeTextFileSync(`${draft}/stamp`, stamp);
     remove(TOOLS_FOLDER);
-    Deno.mkdirSync(TOOLS_FOLDER);
-    Deno.renameSync(`${draft}/usr`, `${TOOLS_FOLDER}/usr`);
-    Deno.writeTextFileSync(`${TOOLS_FOLDER}/stamp`, stamp);
+    Deno.renameSync(draft, TOOLS_FOLDER);
   } finally {
     remove(draft);
   }
+  return TOOLS_FOLDER;
 }
 
 /** The release of this machine, whose libraries the tools need. */
