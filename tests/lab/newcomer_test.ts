@@ -14,10 +14,13 @@ const USER = "setpriv --reuid=65534 --regid=65534 --clear-groups";
 /** A shell line on a laptop, which has the checkout there, and a home. */
 function onLaptop(line: string): Promise<Output> {
   const script = `set -e
+    # Either may lie below /mnt, which is covered next.
+    exec 3< '${ROOT}' 4< '${dirname(Deno.execPath())}'
     mount -t tmpfs -o mode=755 tmpfs /mnt
     mkdir -p '${CHECKOUT}' /mnt/deno /mnt/bin
-    mount --bind '${ROOT}' '${CHECKOUT}'
-    mount --bind '${dirname(Deno.execPath())}' /mnt/deno
+    mount --no-canonicalize --bind /proc/self/fd/3 '${CHECKOUT}'
+    mount --no-canonicalize --bind /proc/self/fd/4 /mnt/deno
+    exec 3<&- 4<&-
     mkdir -m 777 /mnt/home
     export HOME=/mnt/home
     deno="/mnt/deno/deno run -A"
