@@ -25,11 +25,11 @@ hostname lab`;
 
 const isRoot = Deno.build.os === "linux" && Deno.uid() === 0;
 
-/** What stands in the way of a task, if anything does. */
-function obstacle(task: string): string | undefined {
+/** What stands in the way of a lab, if anything does. */
+function obstacleToLab(task: string): string | undefined {
   const privileged = "docker run --privileged";
   if (Deno.build.os !== "linux") {
-    return `The lab needs Linux. On a Mac or Windows: ${privileged} -it debian`;
+    return "The lab needs Linux. For a Mac or Windows, README.md has a line";
   }
   if (!isRoot && task !== "lab") {
     return `"deno task ${task}" needs root. "deno task lab" does not`;
@@ -59,6 +59,12 @@ function obstacle(task: string): string | undefined {
   if (packages && !has("apt-get")) {
     return `Tools are missing. Install what Debian has as: ${packages}`;
   }
+  return undefined;
+}
+
+/** What stands in the way of a build, if anything does. */
+function obstacleToBuild(): string | undefined {
+  if (Deno.build.os !== "linux") return undefined;
   for (const folder of ["", "dist", "vendor"]) {
     if (!isWritable(`${ROOT}/${folder}`)) {
       return `You can't write to ${ROOT}/${folder}. Who owns it?`;
@@ -124,7 +130,9 @@ function run([program, ...args]: string[]) {
   };
 }
 
-const line = obstacle(Deno.args[0]);
+const [task] = Deno.args;
+let line = task === "build" ? undefined : obstacleToLab(task);
+line ??= obstacleToBuild();
 if (line) {
   console.error(line);
   Deno.exit(1);
