@@ -130,6 +130,7 @@ function agrees(answer: string, expected: string): boolean {
 async function rerun(readme: string) {
   await using lab = await openLab(readme);
   const differences: string[] = [];
+  let commands = 0;
   const parts = readme.split(/^(```console\n[^]*?^```\n)/m);
   for (const [i, part] of parts.entries()) {
     if (!part.startsWith("```console")) continue;
@@ -141,6 +142,7 @@ async function rerun(readme: string) {
       const shell = lab.shells.get(place);
       if (!shell) throw new Error(`No such place in the lab: ${entry}`);
       const answer = await shell.type(line);
+      commands++;
       const isSo = agrees(answer, expected.trimEnd());
       if (!isSo) {
         differences.push(`${place}# ${line}\n${answer}\n--- not:\n${expected}`);
@@ -150,12 +152,15 @@ async function rerun(readme: string) {
     }
     parts[i] = text + "```\n";
   }
-  return { text: parts.join(""), differences };
+  return { text: parts.join(""), commands, differences };
 }
 
 for (const file of READMES.filter(hasPrompts)) {
   Deno.test(`${file} has what the lab answers`, async () => {
-    const { differences } = await rerun(read(file));
+    const { commands, differences } = await rerun(read(file));
+    // A test without commands would see nothing.
+    const atLeast = file === "README.md" ? 40 : 0;
+    assert(commands > atLeast, `${commands} commands`);
     assertEquals(differences, [], differences.join("\n\n"));
   });
 }

@@ -10,6 +10,7 @@
  * anything can be fetched. What it downloads lies in vendor/. To start afresh,
  * delete that folder.
  */
+import { exists } from "./tools.ts";
 
 /** A package on npm, its sha256, and where in it lies what we want. */
 interface Tarball {
@@ -176,8 +177,9 @@ async function denort(): Promise<void> {
     using draft = Deno.openSync(`${TMP}/denort`);
     draft.syncSync(); // or a power cut could leave half a file by its name
   }
-  Deno.renameSync(`${TMP}/denort.source`, `${DENORT}.source`);
+  // The source last: it says that the work is done.
   Deno.renameSync(`${TMP}/denort`, DENORT);
+  Deno.renameSync(`${TMP}/denort.source`, `${DENORT}.source`);
 }
 
 /** Fetches the denort from where `deno compile` would fetch it. */
@@ -340,15 +342,6 @@ async function sha256Of(path: string): Promise<string> {
 async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
   const digest = await crypto.subtle.digest("SHA-256", bytes);
   return new Uint8Array(digest).toHex();
-}
-
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch {
-    return false;
-  }
 }
 
 /** Where the types are not on npm: as strict as the real ones, or stricter. */

@@ -6,7 +6,8 @@
  *
  * @module
  */
-import { exists, has, missingPackages, ROOT } from "./tools.ts";
+import { ROOT } from "./root.ts";
+import { exists, has, missingPackages } from "./tools.ts";
 
 /** What a first run takes on the disk at most, in megabytes, once Deno is there. */
 const SPACE = 350;
@@ -66,12 +67,12 @@ function obstacleToLab(task: string): string | undefined {
 function obstacleToBuild(): string | undefined {
   if (Deno.build.os !== "linux") return undefined;
   for (const folder of ["", "dist", "vendor"]) {
-    if (!isWritable(`${ROOT}/${folder}`)) {
-      return `You can't write to ${ROOT}/${folder}. Who owns it?`;
+    if (!isWritable(`${ROOT}${folder}`)) {
+      return `You can't write to ${ROOT}${folder}. Who owns it?`;
     }
   }
   const free = freeSpace();
-  if (!exists(`${ROOT}/dist/custom-cni`) && free < SPACE) {
+  if (!exists(`${ROOT}dist/custom-cni`) && free < SPACE) {
     return `The first run takes ${SPACE} MB, and there are ${free} MB free`;
   }
   return undefined;

@@ -1,4 +1,5 @@
-import { fromFileUrl } from "@std/path/posix/from-file-url";
+// Not by @std/path: the first scripts run before anything is fetched.
+import { dirname } from "node:path";
 
 /** The repository's folder, with a slash at its end. */
-export const ROOT = fromFileUrl(new URL("../..", import.meta.url));
+export const ROOT = `${dirname(dirname(import.meta.dirname!))}/`;

@@ -8,7 +8,7 @@
  *
  * @module
  */
-import { dirname } from "node:path";
+import { ROOT } from "./root.ts";
 
 /** A program, and the Debian package that has it. */
 export const TOOLS: Record<string, string> = {
@@ -24,11 +24,8 @@ export const TOOLS: Record<string, string> = {
   "/usr/lib/cni/host-local": "containernetworking-plugins",
 };
 
-/** The checkout. `root.ts` has it with the help of @std, which may be missing. */
-export const ROOT = dirname(dirname(import.meta.dirname!));
-
 /** Where the unpacked tools are, in a usr of their own. */
-const TOOLS_FOLDER = `${ROOT}/vendor/tools`;
+const TOOLS_FOLDER = `${ROOT}vendor/tools`;
 
 /** The PATH of root. That of other users has no sbin, where some tools are. */
 export const PATH = `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin`;
@@ -93,7 +90,7 @@ export async function unpackTools(): Promise<string> {
   const packages = missingPackages();
   if (packages.length === 0) return "";
   // A second run waits here and then finds the work done.
-  using vendor = Deno.openSync(`${ROOT}/vendor`);
+  using vendor = Deno.openSync(`${ROOT}vendor`);
   vendor.lockSync(true);
   const stamp = `${packages.join(" ")}\n${release()}`;
   const isDone = exists(`${TOOLS_FOLDER}/stamp`) &&
@@ -102,7 +99,7 @@ export async function unpackTools(): Promise<string> {
 
   console.log(`Unpacking ${packages.join(", ")} into vendor/tools`);
   // By its name, npm.ts removes it after an interruption.
-  const draft = `${ROOT}/vendor/tmp-tools-${Deno.pid}`;
+  const draft = `${ROOT}vendor/tmp-tools-${Deno.pid}`;
   Deno.mkdirSync(draft);
   try {
     const args = ["-c", UNPACK, "sh", ...packages];
@@ -133,6 +130,7 @@ function remove(folder: string): void {
   if (exists(folder)) Deno.removeSync(folder, { recursive: true });
 }
 
+/** Whether there is a file or a folder. */
 export function exists(path: string): boolean {
   try {
     Deno.statSync(path);
